@@ -1,0 +1,143 @@
+"""The operators, registered with torch: they work under ``torch.compile(fullgraph=True)`` and in CUDA graphs.
+
+``flash_llm::linear`` multiplies by a packed weight and ``flash_llm::unpack`` expands one. Both take the weight's tensors
+and numbers one by one, since that is what torch's operators can take; :func:`linear` and :func:`unpack` are the
+functions to call.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_llm.errors import SlowPathWarning
+from flash_llm.kernels import reference
+from flash_llm.tensor import PackedWeight
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias with a packed W.
+
+    Accumulates in float32. Differentiable with respect to x and bias.
+
+    Args:
+        x: [..., K], of the weight's dtype and on its device.
+        weight: [M, K].
+        bias: [M], of the same dtype, or None.
+
+    Returns:
+        [..., M] in x's dtype.
+
+    Raises:
+        TypeError: x or bias is of another dtype than the weight.
+        ValueError: x or bias has the wrong width or is on another device.
+    """
+    _check(x, weight, bias)
+    return torch.ops.flash_llm.linear(x, bias, *_flat(weight))
+
+
+def unpack(weight: PackedWeight) -> Tensor:
+    """The dense [M, K] matrix of a packed weight, through the device's own kernel."""
+    return torch.ops.flash_llm.unpack(*_flat(weight))
+
+
+def _flat(weight: PackedWeight) -> tuple[Any, ...]:
+    rows, columns = weight.shape
+    tensors = (weight.bitmap, weight.values, weight.offsets)
+    return (*tensors, rows, columns, weight.tile_words, weight.max_packets)
+
+
+def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    rows, columns = weight.shape
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x is {x.dtype} but the weight is {weight.dtype}; convert x with x.to({weight.dtype})")
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} doesn't fit a weight of {rows} x {columns}: its last dimension must be {columns}"
+        )
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device} but the weight is on {weight.device}; move one of them")
+    if bias is None:
+        return
+    if bias.dtype != x.dtype:
+        raise TypeError(f"bias is {bias.dtype} but x is {x.dtype}; convert it with bias.to({x.dtype})")
+    if bias.shape != (rows,):
+        raise ValueError(
+            f"bias of shape {tuple(bias.shape)} doesn't fit a weight of {rows} x {columns}: it takes ({rows},)"
+        )
+    if bias.device != x.device:
+        raise ValueError(f"bias is on {bias.device} but x is on {x.device}; move one of them")
+
+
+_SLOW_CPU = (
+    "flash_llm.linear on a CPU expands the weight at every call, since there is no kernel for it; "
+    "SparseLinear expands it once and keeps it"
+)
+_WEIGHT = "Tensor bitmap, Tensor values, Tensor offsets, int rows, int columns, int tile_words, int max_packets"
+torch.library.define("flash_llm::linear", f"(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
+torch.library.define("flash_llm::unpack", f"({_WEIGHT}) -> Tensor")
+
+
+def _packed(
+    bitmap: Tensor, values: Tensor, offsets: Tensor, rows: int, columns: int, tile_words: int, max_packets: int
+) -> PackedWeight:
+    return PackedWeight((rows, columns), bitmap, values, offsets, tile_words, max_packets)
+
+
+@torch.library.impl("flash_llm::linear", "cpu")
+def _linear_cpu(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    warnings.warn(_SLOW_CPU, SlowPathWarning, stacklevel=2)
+    return reference.linear(x, _packed(*weight), bias)
+
+
+@torch.library.impl("flash_llm::unpack", "cpu")
+def _unpack_cpu(*weight: Any) -> Tensor:
+    return reference.unpack(_packed(*weight))
+
+
+@torch.library.impl("flash_llm::linear", "cuda")
+def _linear_cuda(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    from flash_llm.kernels import cuda
+
+    return cuda.linear(x, _packed(*weight), bias)
+
+
+@torch.library.impl("flash_llm::unpack", "cuda")
+def _unpack_cuda(*weight: Any) -> Tensor:
+    from flash_llm.kernels import cuda
+
+    return cuda.unpack(_packed(*weight))
+
+
+@torch.library.register_fake("flash_llm::linear")
+def _linear_fake(
+    x: Tensor, bias: Tensor | None, bitmap: Tensor, values: Tensor, offsets: Tensor, rows: int, *_: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.register_fake("flash_llm::unpack")
+def _unpack_fake(bitmap: Tensor, values: Tensor, offsets: Tensor, rows: int, columns: int, *_: int) -> Tensor:
+    return values.new_empty(rows, columns)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, bias, *weight = inputs
+    ctx.save_for_backward(*weight[:3])
+    ctx.numbers = weight[3:]
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ torch.ops.flash_llm.unpack(*ctx.saved_tensors, *ctx.numbers)
+    if ctx.has_bias and ctx.needs_input_grad[1]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return (grad_x, grad_bias, *[None] * 7)
+
+
+torch.library.register_autograd("flash_llm::linear", _backward, setup_context=_setup_context)

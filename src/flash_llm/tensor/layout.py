@@ -1,0 +1,71 @@
+"""The packed format, written down once. Everything that packs, unpacks or multiplies takes its numbers from here.
+
+A matrix of M rows and K columns is cut into *strips* of 16 rows, a strip into *words* of 64 columns and into *tiles* of
+``tile_words`` consecutive words. A warp of 32 lanes works on one tile at a time, and every lane owns the elements that
+the tensor cores' ``m16n8k16`` A operand (and each warp's share of ``wgmma``'s) wants in that lane's registers. So
+nothing is ever exchanged between lanes. ``docs/format.md`` has the same in prose, with an example.
+"""
+
+from __future__ import annotations
+
+import torch
+
+FORMAT_VERSION = 1
+
+STRIP_ROWS = 16
+"""Rows of a strip: the M of the tensor cores' instruction for one warp."""
+
+WORD_COLUMNS = 64
+"""Columns that one row of 32 bitmap words covers: four K steps of 16."""
+
+LANES = 32
+
+WORD_BITS = STRIP_ROWS * WORD_COLUMNS // LANES
+"""Elements that a lane owns in a word, one bit each."""
+
+PACKET_VALUES = 8
+"""Values of 16 bits in a packet, the unit that a lane loads at a time: 16 bytes."""
+
+LANE_CAPACITY = 96
+"""Nonzeros that a lane may have in a tile. Kernels expand a tile in shared memory, 128 bytes a nonzero and warp, so this
+bounds what a warp needs; 96 lets 16 warps and a piece of X live together on one multiprocessor."""
+
+TILE_WORDS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
+"""Tile sizes that kernels are built for. With one or two words a lane can't exceed LANE_CAPACITY at any sparsity."""
+
+VALUE_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def bit_position(element: int) -> int:
+    """Where the bit of a lane's ``element`` (0 to 31) stands in its bitmap word.
+
+    Elements are dealt to the four bytes in turn, from each byte's top bit down, and all are moved on by one place
+    (element 31 wraps to the front). A shift by s then brings elements 4s-1 to 4s+2 to the four bytes' top bits, where
+    one ``dp4a`` counts them and one ``prmt`` spreads them into masks: see ``kernels/csrc/decode.cuh``.
+    """
+    place = (element + 1) % WORD_BITS
+    return 8 * (place % 4) + 7 - place // 4
+
+
+def element_coordinates(lane: int, element: int) -> tuple[int, int]:
+    """(row in the strip, column in the word) of a lane's element.
+
+    Lane ``4 g + t`` owns rows g and g + 8. Its elements run through the word's four K steps of 16 columns; in a step
+    come columns 2t, 2t+1 of row g, the same of row g + 8, then columns 2t+8, 2t+9 of both rows.
+    """
+    group, thread = divmod(lane, 4)
+    step, rest = divmod(element, 8)
+    column_half, rest = divmod(rest, 4)
+    row_half, column = divmod(rest, 2)
+    return group + 8 * row_half, 16 * step + 8 * column_half + 2 * thread + column
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def grid(rows: int, columns: int, tile_words: int) -> tuple[int, int, int]:
+    """(strips, words a strip, tiles a strip) of a matrix."""
+    words = ceil_div(columns, WORD_COLUMNS)
+    return ceil_div(rows, STRIP_ROWS), words, ceil_div(words, tile_words)

@@ -1,0 +1,218 @@
+"""Dense to packed and back, in torch operations alone: the same bits on any device.
+
+Work goes strip by strip in chunks, so that memory stays near the dense matrix's own size. A chunk is laid out *in lane
+order*, ``[strip, tile, lane, element]``; then the bitmap is a few shifts, and the values are one ``masked_select``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flash_llm.tensor.layout import (
+    LANE_CAPACITY,
+    LANES,
+    PACKET_VALUES,
+    STRIP_ROWS,
+    TILE_WORDS,
+    WORD_BITS,
+    WORD_COLUMNS,
+    ceil_div,
+    grid,
+)
+
+_STEPS = WORD_BITS // 4
+_CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
+
+
+@dataclass(frozen=True)
+class PackedTensors:
+    """The three tensors of a packed matrix: see ``docs/format.md``."""
+
+    bitmap: Tensor
+    values: Tensor
+    offsets: Tensor
+    tile_words: int
+    max_packets: int
+
+
+def strip_chunks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Ranges of strips that are worked on at a time: (first, last + 1)."""
+    strips = ceil_div(rows, STRIP_ROWS)
+    step = max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 23) // (STRIP_ROWS * max(columns, WORD_COLUMNS)))
+    for first in range(0, strips, step):
+        yield first, min(first + step, strips)
+
+
+def pack(dense: Tensor, tile_words: int | None = None) -> PackedTensors:
+    """Packs a [M, K] matrix of 16-bit floats. ``tile_words`` None: see :func:`choose_tile_words`."""
+    rows, columns = dense.shape
+    raw = dense.detach().contiguous().view(torch.int16)
+    if tile_words is None:
+        tile_words = choose_tile_words(lane_counts(raw))
+    strips, words, tiles = grid(rows, columns, tile_words)
+    bitmap = torch.empty(strips, words, LANES, dtype=torch.int32, device=dense.device)
+    values, packets = [], []
+    max_packets = 0
+    for first, last in strip_chunks(rows, columns, dense.device):
+        lanes = _to_lane_order(raw[first * STRIP_ROWS : last * STRIP_ROWS], words, tile_words)
+        mask = _nonzero(lanes)
+        bits = _bits_from_mask(mask).view(last - first, tiles, LANES, tile_words).transpose(2, 3)
+        bitmap[first:last] = bits.reshape(last - first, tiles * tile_words, LANES)[:, :words]
+        counts = mask.sum(-1, dtype=torch.int32)
+        order = _packet_order(_packets(counts))
+        values.append(_select(lanes, mask, counts).view(-1, PACKET_VALUES)[order])
+        packets.append(_packets(counts).sum(-1).flatten())
+        max_packets = max(max_packets, int(_packets(counts).max()))
+    offsets = torch.zeros(strips * tiles + 1, dtype=torch.int64, device=dense.device)
+    torch.cumsum(torch.cat(packets), 0, out=offsets[1:])
+    if int(offsets[-1]) >= 2**31:
+        raise ValueError(
+            f"a matrix of {rows} x {columns} has {int(offsets[-1])} packets of {PACKET_VALUES} nonzeros; the format's "
+            f"offsets end at 2**31: split the matrix by rows"
+        )
+    packed = torch.cat(values).view(-1).view(dense.dtype)
+    return PackedTensors(bitmap, packed, offsets.to(torch.int32), tile_words, max_packets)
+
+
+def unpack(packed: PackedTensors, rows: int, columns: int) -> Tensor:
+    """The dense [M, K] matrix of a packed one."""
+    bitmap, tile_words = packed.bitmap, packed.tile_words
+    strips, words, tiles = grid(rows, columns, tile_words)
+    dense = torch.empty(rows, columns, dtype=torch.int16, device=bitmap.device)
+    source = packed.values.view(torch.int16).view(-1, PACKET_VALUES)
+    for first, last in strip_chunks(rows, columns, bitmap.device):
+        mask = mask_from_bitmap(bitmap[first:last], tile_words)
+        counts = mask.sum(-1, dtype=torch.int32)
+        begin, end = (int(packed.offsets[i * tiles]) for i in (first, last))
+        by_lane = torch.empty_like(source[begin:end])
+        by_lane[_packet_order(_packets(counts))] = source[begin:end]
+        lanes = _spread(by_lane.view(-1), mask, counts)
+        top, bottom = first * STRIP_ROWS, min(last * STRIP_ROWS, rows)
+        dense[top:bottom] = _from_lane_order(lanes, words)[: bottom - top, :columns]
+    return dense.view(packed.values.dtype)
+
+
+def lane_counts(raw: Tensor) -> Tensor:
+    """Nonzeros of every lane in every word, [strips, words, 32], of a [M, K] int16 matrix."""
+    rows, columns = raw.shape
+    _, words, _ = grid(rows, columns, 1)
+    counts = []
+    for first, last in strip_chunks(rows, columns, raw.device):
+        lanes = _to_lane_order(raw[first * STRIP_ROWS : last * STRIP_ROWS], words, 1)
+        counts.append(_nonzero(lanes).sum(-1, dtype=torch.int16))
+    return torch.cat(counts)
+
+
+def choose_tile_words(counts: Tensor) -> int:
+    """The largest tile whose lanes all stay within LANE_CAPACITY, from ``lane_counts``.
+
+    A lane's values are padded to whole packets once a tile, and a tile costs a kernel some fixed instructions: so the
+    larger the better, until it no longer fits beside the other warps' tiles.
+    """
+    strips, words, lanes = counts.shape
+    for tile_words in sorted(TILE_WORDS, reverse=True):
+        if tile_words > 2 * words:
+            continue  # a smaller one covers the whole row as well
+        if int(tile_counts(counts, tile_words).max()) <= LANE_CAPACITY:
+            return tile_words
+    return min(TILE_WORDS)
+
+
+def tile_counts(counts: Tensor, tile_words: int) -> Tensor:
+    """Sums ``lane_counts`` over tiles: [strips, tiles, 32]."""
+    strips, words, lanes = counts.shape
+    tiles = ceil_div(words, tile_words)
+    padded = torch.nn.functional.pad(counts, (0, 0, 0, tiles * tile_words - words))
+    return padded.view(strips, tiles, tile_words, lanes).sum(2, dtype=torch.int32)
+
+
+def word_counts(bitmap: Tensor) -> Tensor:
+    """Bits set in every bitmap word, [strips, words, 32], as int16."""
+    x = bitmap - ((bitmap >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).bitwise_and_(0xFF).to(torch.int16)
+
+
+def mask_from_bitmap(bitmap: Tensor, tile_words: int) -> Tensor:
+    """The nonzero mask in lane order, [strips, tiles, 32, 32 * tile_words] bool, of some strips' bitmap."""
+    strips, words, _ = bitmap.shape
+    tiles = ceil_div(words, tile_words)
+    padded = torch.nn.functional.pad(bitmap, (0, 0, 0, tiles * tile_words - words))
+    bits = padded.view(strips, tiles, tile_words, LANES).transpose(2, 3).unsqueeze(-1)
+    bytes_ = (bits >> _shifts(bitmap.device)) & 0x01010101
+    mask = bytes_.contiguous().view(torch.bool)
+    return mask.roll(-1, dims=-1).view(strips, tiles, LANES, tile_words * WORD_BITS)
+
+
+def _to_lane_order(raw: Tensor, words: int, tile_words: int) -> Tensor:
+    """[rows, K] int16 to [strips, tiles, 32 lanes, 32 * tile_words elements], padded with zeros."""
+    rows, columns = raw.shape
+    strips, tiles = ceil_div(rows, STRIP_ROWS), ceil_div(words, tile_words)
+    width = tiles * tile_words * WORD_COLUMNS
+    if (rows, columns) != (strips * STRIP_ROWS, width):
+        raw = torch.nn.functional.pad(raw, (0, width - columns, 0, strips * STRIP_ROWS - rows))
+    # Two neighbouring columns always travel together: half the elements to move as int32.
+    pairs = raw.view(torch.int32).view(strips, 2, 8, tiles, tile_words * 4, 2, 4)
+    return pairs.permute(0, 3, 2, 6, 4, 5, 1).contiguous().view(torch.int16).view(strips, tiles, LANES, -1)
+
+
+def _from_lane_order(lanes: Tensor, words: int) -> Tensor:
+    """The inverse of :func:`_to_lane_order`: [16 * strips, padded K]."""
+    strips, tiles, _, elements = lanes.shape
+    pairs = lanes.view(torch.int32).view(strips, tiles, 8, 4, elements // 8, 2, 2)
+    return pairs.permute(0, 6, 2, 1, 4, 5, 3).contiguous().view(torch.int16).view(strips * STRIP_ROWS, -1)
+
+
+def _nonzero(raw: Tensor) -> Tensor:
+    return (raw & 0x7FFF) != 0  # both zeros, +0.0 and -0.0, are dropped
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return torch.arange(_STEPS - 1, -1, -1, dtype=torch.int32, device=device)
+
+
+def _bits_from_mask(mask: Tensor) -> Tensor:
+    """Bitmap words of a mask whose last dimension is a multiple of 32 elements: see ``layout.bit_position``."""
+    bytes_ = mask.view(-1, WORD_BITS).roll(1, dims=-1).view(torch.int32)  # four elements, a byte each
+    return (bytes_ << _shifts(mask.device)).sum(-1, dtype=torch.int32)
+
+
+def _packets(counts: Tensor) -> Tensor:
+    return (counts + (PACKET_VALUES - 1)) // PACKET_VALUES
+
+
+def _packet_order(packets: Tensor) -> Tensor:
+    """For [strips, tiles, 32] packets a lane: which packet of the lane-by-lane order stands at each stored place.
+
+    Stored are, tile by tile, first all lanes' first packets, then the second packets of the lanes that have one, and so
+    on: a warp's loads are then contiguous.
+    """
+    flat = packets.flatten().long()
+    first = (torch.cumsum(flat, 0) - flat).view(-1, 1, LANES)
+    place = torch.arange(max(int(packets.max()), 1), device=packets.device).view(1, -1, 1)
+    return (first + place)[place < packets.view(-1, 1, LANES)]
+
+
+def _with_padding(mask: Tensor, counts: Tensor) -> Tensor:
+    """The mask with as many true places appended to each lane as its last packet has to spare."""
+    spare = (-counts) % PACKET_VALUES
+    pad = torch.arange(PACKET_VALUES, device=mask.device) < spare.unsqueeze(-1)
+    return torch.cat([mask, pad], dim=-1)
+
+
+def _select(lanes: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
+    """All lanes' nonzeros, each lane's padded with zeros to whole packets."""
+    padded = torch.nn.functional.pad(lanes, (0, PACKET_VALUES))
+    return padded.masked_select(_with_padding(mask, counts))
+
+
+def _spread(values: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
+    """The inverse of :func:`_select`."""
+    full = torch.zeros(*mask.shape[:-1], mask.shape[-1] + PACKET_VALUES, dtype=torch.int16, device=mask.device)
+    full.masked_scatter_(_with_padding(mask, counts), values)
+    return full[..., : mask.shape[-1]].contiguous()
