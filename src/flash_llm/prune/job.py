@@ -1,0 +1,130 @@
+"""The working folder of a pruning job: what is finished, for which arguments, and what the next block needs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flash_llm.errors import CheckpointError
+from flash_llm.prune.files import write_json, write_tensors
+
+
+class Job:
+    """A pruning job on disk, beside the folder that it makes.
+
+    ``model/`` becomes the output; ``done/N.json`` says that stage N is finished and is written after all else of it;
+    ``hidden-N.safetensors`` are the hidden states that enter stage N.
+
+    Args:
+        out: the output folder.
+        arguments: what the result depends on, as JSON data.
+    """
+
+    def __init__(self, out: Path, arguments: dict[str, Any]) -> None:
+        self.out = out
+        self.folder = out.parent / f".{out.name}.partial"
+        self.model = self.folder / "model"
+        # As it will be read again, so that both compare equal.
+        self._arguments = json.loads(json.dumps(arguments))
+
+    @contextmanager
+    def started(self, resume: bool) -> Iterator[None]:
+        """Make or take up the working folder, and hold it against other processes.
+
+        Raises:
+            FileExistsError: another process works in it, or it belongs to a job with other arguments.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise FileExistsError(
+                    f"Another process is making {self.out} (in {self.folder}); wait for it."
+                ) from error
+            # Without model/ there is only what a delivered job left behind.
+            if not (resume and self.model.is_dir()):
+                self._clear()
+            self._check_arguments()
+            self.model.mkdir(exist_ok=True)
+            (self.folder / "done").mkdir(exist_ok=True)
+            yield
+
+    def records(self) -> list[Any]:
+        """What was recorded of the finished stages, in order."""
+        records: list[Any] = []
+        while (path := self._record(len(records))).is_file():
+            records.append(json.loads(path.read_text(encoding="utf-8")))
+        return records
+
+    def finish(self, stage: int, record: Any, hidden: Tensor | None) -> None:
+        """Mark a stage as finished, and keep the hidden states that enter the next."""
+        if hidden is not None:
+            write_tensors(self._hidden(stage + 1), {"hidden": hidden})
+        write_json(self._record(stage), record)
+        self._hidden(stage).unlink(missing_ok=True)
+
+    def hidden(self, stage: int) -> Tensor:
+        """The hidden states that enter a stage.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        try:
+            with safe_open(self._hidden(stage), framework="pt") as file:
+                stored = file.get_slice("hidden")
+                # One by one, into memory of our own: what is read may be a view of the file.
+                first = stored[0:1]
+                hidden = torch.empty(stored.get_shape(), dtype=first.dtype)
+                for index in range(len(hidden)):
+                    hidden[index].copy_(stored[index])
+                return hidden
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self._hidden(stage)} of an interrupted run is damaged ({error}); start again with resume=False."
+            ) from error
+
+    def deliver(self) -> None:
+        """Give the finished folder its name and remove the rest."""
+        os.replace(self.model, self.out)
+        shutil.rmtree(self.folder)
+
+    def _check_arguments(self) -> None:
+        path = self.folder / "arguments.json"
+        if not path.is_file():
+            self._clear()
+            write_json(path, self._arguments)
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in before.keys() | self._arguments.keys() if before.get(key) != self._arguments.get(key)]
+        if changed:
+            differences = "; ".join(
+                f"{key}: {before.get(key)} then, {self._arguments.get(key)} now" for key in sorted(changed)
+            )
+            raise FileExistsError(
+                f"{self.folder} holds an unfinished job with other arguments ({differences}). "
+                "Finish it with those, or discard it with resume=False."
+            )
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+
+    def _record(self, stage: int) -> Path:
+        return self.folder / "done" / f"{stage:05d}.json"
+
+    def _hidden(self, stage: int) -> Path:
+        return self.folder / f"hidden-{stage:05d}.safetensors"

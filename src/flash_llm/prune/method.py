@@ -1,0 +1,81 @@
+"""What a pruning method is, and the selection that all of them share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from flash_llm.prune.statistics import Need
+
+
+@runtime_checkable
+class Pruner(Protocol):
+    """A pruning method: which statistic of a layer's inputs it needs, and how it prunes one layer.
+
+    Its ``repr`` must show its options: an interrupted job is only taken up again by an equal one.
+    """
+
+    @property
+    def name(self) -> str:
+        """As in ``METHODS``."""
+        ...
+
+    @property
+    def needs(self) -> Need:
+        """The statistic; ``"none"`` if the method needs no calibration data."""
+        ...
+
+    def prune(self, weight: Tensor, statistics: Any, sparsity: float) -> Tensor:
+        """Prune a layer.
+
+        Args:
+            weight: finite, floating, ``[M, K]`` as in ``y = x @ weight.T``; is not changed.
+            statistics: of the layer's inputs, as ``needs`` says; None if that is ``"none"``.
+            sparsity: share of zeros, in [0, 1).
+
+        Returns:
+            The pruned weight: same shape, dtype and device.
+        """
+        ...
+
+
+METHODS: dict[str, Callable[[], Pruner]] = {}
+
+
+def register(name: str) -> Callable[[type], type]:
+    """Class decorator: makes a method known under ``name``."""
+
+    def add(method: type) -> type:
+        METHODS[name] = method
+        return method
+
+    return add
+
+
+def zeros_of(elements: int, sparsity: float) -> int:
+    """Number of zeros among ``elements`` at ``sparsity``: ``floor(elements * sparsity)``, as in the papers' code.
+
+    The tolerance makes 0.57 of 100 come out as 57, where the binary 0.57 is a little less.
+    """
+    return math.floor(elements * sparsity + 1e-6)
+
+
+def drop_lowest(weight: Tensor, score: Tensor, zeros: int) -> Tensor:
+    """Copy of ``weight [R, C]`` with the ``zeros`` elements of lowest ``score`` in each row set to zero.
+
+    Weights that are zero already come first, whatever their score, so that each row has exactly ``zeros`` zeros, or as
+    many as it had if those were more. Of equal scores those further left go first. The same bits on every run.
+    """
+    if zeros == 0:
+        return weight.clone()
+    score = score.masked_fill(weight == 0, -1.0)
+    threshold = score.kthvalue(zeros, dim=1, keepdim=True).values
+    below = score < threshold
+    ties = score == threshold
+    room = zeros - below.sum(dim=1, keepdim=True, dtype=torch.int32)
+    drop = below | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= room))
+    return weight.masked_fill(drop, 0.0)
