@@ -1,0 +1,58 @@
+# make demo   prune, compress and run a small real model, start to end
+# make test   everything that is checked: lint, types, tests
+#
+# Both need Python 3.10 to 3.13 and nothing else; all that they install goes into .venv.
+#
+# PYTHON  the interpreter to make .venv from
+# TORCH   what to ask pip for: a version, a path to a wheel, or `torch` for the newest
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+WHEELS := build/wheel
+
+.PHONY: help setup demo test lint format gpu-test wheel clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup: $(VENV)/.ready
+
+# torch comes first and alone, so that the choice of its build is the user's and not the resolver's.
+$(VENV)/.ready: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info[:2] <= (3, 13) else \
+	    f"Python 3.10 to 3.13 is needed, this is {sys.version.split()[0]}; say make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) '$(TORCH)'
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu-test: setup
+	$(BIN)/python -m pytest -m gpu
+
+# The wheel, and a look at it from outside of the source tree: it must import, run and hold the kernels' sources.
+wheel: setup
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(WHEELS) .
+	$(PIP) --no-deps --target $(WHEELS)/installed $(WHEELS)/flash_llm-*.whl
+	cd $(WHEELS)/installed && PYTHONPATH=. $(abspath $(BIN))/python $(abspath tests/check_wheel.py)
+
+clean:
+	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,522 @@
+"""``flash-llm VERB``: the command line. One function a verb, and each calls one function of the library.
+
+Whatever takes long to import is imported inside of the verbs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from flash_llm.errors import FlashLLMError
+
+if TYPE_CHECKING:
+    import torch
+
+INTERRUPTED = 130
+
+
+class Dtype(str, Enum):
+    """Floating-point types that a model can be run in."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class PackedDtype(str, Enum):
+    """Floating-point types that weights can be packed in."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class _Group(TyperGroup):
+    """Takes ``--debug`` anywhere on the line, before the verb or after it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:
+            args = ["--debug", *(word for word in args[:end] if word != "--debug"), *args[end:]]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    name="flash-llm",
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The entry point."""
+    app(prog_name="flash-llm")
+
+
+# What several verbs take.
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to make; it must not exist, or be empty.")]
+Device = Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto": a GPU if there is one.')]
+RunDtype = Annotated[
+    Dtype, typer.Option(help='What to compute in; "auto": float32 on a CPU, the model\'s own on a GPU.')
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(help="Leave layers dense whose name this regular expression is found in; may be repeated."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Makes a function a verb of the command line, whose failures are one line and an exit code."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        warnings.showwarning = _show_warning
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt:
+            _say("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if _debug():
+                traceback.print_exc()
+            _say(f"error: {_describe(error)}")
+            raise typer.Exit(1) from None
+
+    app.command(name=function.__name__.rstrip("_"))(guarded)
+    return guarded
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        places = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
+        return f"{error.strerror}: {places}" if places else error.strerror
+    words = " ".join(str(error).split())
+    expected = (
+        FlashLLMError,
+        OSError,
+        ValueError,
+        TypeError,
+        ImportError,
+        RuntimeError,
+        MemoryError,
+        NotImplementedError,
+    )
+    if isinstance(error, expected) and words:
+        return words
+    return f"{type(error).__name__}: {words} (unexpected; --debug shows where, `flash-llm env` what a report needs)"
+
+
+def _debug() -> bool:
+    return os.environ.get("FLASH_LLM_DEBUG", "") not in ("", "0")
+
+
+def _say(line: str) -> None:
+    """A line for the person, on standard error: standard output holds results alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Warnings as one line each; those for developers only with ``--debug``."""
+    if _debug() or not issubclass(category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning)):
+        _say(f"warning: {' '.join(str(message).split())}")
+
+
+@app.callback()
+def _top(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Prune a language model, compress it, and run it from the compressed weights.
+
+    MODEL and DIR are Hugging Face model folders: config.json, *.safetensors, tokenizer.
+
+    \b
+    Examples:
+      flash-llm prune MODEL --sparsity 0.5 --calibration text.txt --out PRUNED
+      flash-llm compress PRUNED --out SMALL
+      flash-llm inspect SMALL
+      flash-llm generate SMALL "The capital of France is"
+      flash-llm evaluate SMALL --text wikitext2-test.txt
+    """
+    if debug:
+        os.environ["FLASH_LLM_DEBUG"] = "1"
+    if version:
+        from flash_llm import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@_verb
+def prune(
+    model: Annotated[Path, typer.Argument(help="Dense model folder.")],
+    out: Out,
+    method: Annotated[str, typer.Option(help='"wanda" or "magnitude".')] = "wanda",
+    sparsity: Annotated[float, typer.Option(help="Share of weights to drop: 0 up to, not including, 1.")] = 0.5,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text that the method looks at: .txt, .jsonl (also .gz), or a data set as name[:config[:split]]."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Which windows of the text are taken.")] = 0,
+    device: Device = "auto",
+    dtype: RunDtype = Dtype.auto,
+    include_lm_head: Annotated[bool, typer.Option("--include-lm-head", help="Prune the output layer too.")] = False,
+    skip: Skip = None,
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Compress the result: OUT is what `compress` makes.")
+    ] = False,
+) -> None:
+    """Set the least important weights of a model to zero.
+
+    Interrupted, it goes on from the last finished block when it is called again with the same arguments.
+
+    \b
+    Examples:
+      flash-llm prune MODEL --sparsity 0.5 --calibration text.txt --out PRUNED
+      flash-llm prune MODEL --method magnitude --sparsity 0.3 --out PRUNED
+      flash-llm prune MODEL --sparsity 0.6 --calibration text.jsonl.gz --compress --out SMALL
+    """
+    from flash_llm.prune import CalibrationConfig, prune_folder
+
+    target = out
+    if compress:
+        _require_free(out)
+        target = out.with_name(f"{out.name}.pruned")
+    device = _device(device)
+    report = prune_folder(
+        model,
+        target,
+        method=method,
+        sparsity=sparsity,
+        calibration=None if calibration is None else CalibrationConfig(calibration, samples, seqlen, seed),
+        device=device,
+        dtype=_dtype(dtype, device),
+        include_lm_head=include_lm_head,
+        skip=skip or [],
+    )
+    _say(f"pruned {len(report.layers)} layers: {report.zeros:,} of {report.weights:,} weights are zero")
+    if compress:
+        try:
+            _compress(target, out, device=device)
+        except BaseException:
+            _say(f"the pruned model is in {target}; go on with: flash-llm compress {target} --out {out}")
+            raise
+        shutil.rmtree(target)
+    print(out)
+
+
+@_verb
+def compress(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="Pruned model folder.")],
+    out: Out,
+    dtype: Annotated[
+        PackedDtype | None,
+        typer.Option(help="Type of the packed weights. Default: the model's own, bfloat16 for float32."),
+    ] = None,
+    skip: Skip = None,
+    device: Device = "auto",
+) -> None:
+    """Pack the pruned layers of a model: the same weights in fewer bytes.
+
+    Layers that would not get smaller stay dense; `inspect` says which and why.
+
+    \b
+    Examples:
+      flash-llm compress PRUNED --out SMALL
+      flash-llm compress PRUNED --skip 'layers\\.0\\.' --out SMALL
+    """
+    _compress(model, out, device=_device(device), dtype=dtype, skip=skip)
+    print(out)
+
+
+@_verb
+def decompress(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model folder.")],
+    out: Out,
+) -> None:
+    """Make the dense model folder again that a compressed one came from.
+
+    \b
+    Examples:
+      flash-llm decompress SMALL --out PRUNED
+    """
+    from flash_llm.checkpoint import decompress_folder
+
+    decompress_folder(model, out)
+    print(out)
+
+
+@_verb
+def generate(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="Model folder, compressed or dense.")],
+    prompt: Annotated[str, typer.Argument(help='Text to continue; "-" reads it from standard input.')],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: always the likeliest token; higher: more varied.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the random choices that a temperature makes.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask as a user in the model's chat template.")] = False,
+    device: Device = "auto",
+    dtype: RunDtype = Dtype.auto,
+) -> None:
+    """Continue a text, or answer a question, token by token.
+
+    \b
+    Examples:
+      flash-llm generate SMALL "The capital of France is"
+      flash-llm generate SMALL --chat --temperature 0.7 "Write a haiku about sparse matrices."
+      echo "Once upon a time" | flash-llm generate SMALL - --max-new-tokens 20
+    """
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    loaded, tokenizer = _load(model, device, dtype)
+    inputs = _encode(tokenizer, prompt, chat).to(loaded.device)
+
+    import torch
+    from transformers import TextStreamer
+
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0, "temperature": temperature or None}
+    if not temperature:  # what a model's generation_config says of sampling makes no sense with it off
+        sampling |= {"top_p": None, "top_k": None}
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.perf_counter()
+    output = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    seconds = time.perf_counter() - start
+    tokens = output.shape[1] - inputs["input_ids"].shape[1]
+    _say(
+        f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s, on {loaded.device} in {_name(loaded.dtype)}"
+    )
+
+
+@_verb
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="Model folder, compressed or dense.")],
+    text: Annotated[
+        Path, typer.Option(help="Text file: .txt or .jsonl, also .gz. WikiText's rows are joined as in the papers.")
+    ],
+    window: Annotated[int, typer.Option(help="Tokens in a window; windows don't overlap.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(help="Take only the first windows of the text.")] = None,
+    device: Device = "auto",
+    dtype: RunDtype = Dtype.auto,
+    json_: Json = False,
+) -> None:
+    """Measure a model's perplexity on a text, as in the SparseGPT and Wanda papers.
+
+    \b
+    Examples:
+      flash-llm evaluate SMALL --text wikitext2-test.txt
+      flash-llm evaluate SMALL --text wikitext2-test.txt --window 1024 --max-windows 16 --json
+    """
+    from flash_llm.evaluate import load_text, perplexity
+
+    words = load_text(text)
+    loaded, tokenizer = _load(model, device, dtype)
+    result = perplexity(loaded, words, tokenizer, window=window, max_windows=max_windows)
+    if json_:
+        where = {"model": str(model), "text": str(text), "device": str(loaded.device), "dtype": _name(loaded.dtype)}
+        _print_json(vars(result) | where)
+        return
+    print(
+        f"perplexity {result.perplexity:.4f}  ({result.windows} windows of {result.window} tokens, "
+        f"{result.tokens} predicted, {_name(loaded.dtype)} on {loaded.device}, {result.seconds:.1f} s)"
+    )
+
+
+@_verb
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="Model folder, compressed or dense.")],
+    json_: Json = False,
+) -> None:
+    """Show what a model folder holds: each layer's shape, sparsity, bytes and ratio, and the totals.
+
+    \b
+    Examples:
+      flash-llm inspect SMALL
+      flash-llm inspect SMALL --json | jq .totals
+    """
+    from flash_llm.checkpoint import read_folder
+
+    info = read_folder(model)
+    print(info)
+
+
+@_verb
+def verify(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model folder.")],
+) -> None:
+    """Check every byte of a compressed model against the checksums that it was written with.
+
+    \b
+    Examples:
+      flash-llm verify SMALL
+    """
+    from flash_llm.checkpoint import verify_folder
+
+    verify_folder(model)
+    print(f"{model}: every checksum is right")
+
+
+@_verb
+def env(json_: Json = False) -> None:
+    """Describe this machine: versions, GPUs, compiler; what a bug report needs.
+
+    \b
+    Examples:
+      flash-llm env
+      flash-llm env --json > report.json
+    """
+    from flash_llm.environment import environment
+
+    report = environment()
+    if json_:
+        _print_json(report)
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in _flatten(report):
+        table.add_row(name, value)
+    _console().print(table)
+
+
+def _flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Nested dictionaries and lists as rows of dotted names and words."""
+    if isinstance(value, dict):
+        return [row for key, inner in value.items() for row in _flatten(inner, f"{name}.{key}".lstrip("."))]
+    if isinstance(value, list):
+        return [row for i, inner in enumerate(value) for row in _flatten(inner, f"{name}.{i}")] or [(name, "none")]
+    if name.endswith("memory_bytes") and value is not None:
+        return [(name.removesuffix("_bytes"), f"{value / 2**30:.1f} GiB")]
+    return [(name, "-" if value is None else str(value))]
+
+
+def _compress(
+    model: Path, out: Path, *, device: str, dtype: PackedDtype | None = None, skip: list[str] | None = None
+) -> None:
+    from flash_llm.checkpoint import compress_folder
+    from flash_llm.nn import DEFAULT_SKIP
+
+    report = compress_folder(
+        model, out, skip=(*DEFAULT_SKIP, *(skip or [])), dtype=dtype and dtype.value, device=device
+    )
+    _say(str(report))
+
+
+def _require_free(out: Path) -> None:
+    """Says now what would else be said after hours of pruning."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder: name another, or remove it")
+
+
+def _device(device: str) -> str:
+    """The device that "auto" stands for, or the one asked for, if it is there."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f'device {device!r} is none; take "cpu", "cuda", "cuda:1" or "auto"') from None
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: torch sees {torch.cuda.device_count()} GPUs here; take --device cpu")
+    return device
+
+
+def _dtype(dtype: Dtype, device: str) -> torch.dtype | None:
+    """What to compute in; None: the model's own. 16-bit matrix products on a CPU are slower than those of float32."""
+    import torch
+
+    if dtype is Dtype.auto:
+        return torch.float32 if device == "cpu" else None
+    return getattr(torch, dtype.value)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _load(folder: Path, device: str, dtype: Dtype) -> tuple[Any, Any]:
+    """A model, compressed or dense, ready to run, and its tokenizer."""
+    device = _device(device)
+    if not (folder / "config.json").is_file():
+        what = "has no config.json: it is no model folder" if folder.is_dir() else "is no folder"
+        raise FileNotFoundError(f"{folder} {what}; a Hugging Face model must be downloaded first")
+    _tame_transformers()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import flash_llm.integrations.transformers  # noqa: F401  (makes compressed folders known)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    place = {} if device == "cpu" else {"device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=_dtype(dtype, device) or "auto", local_files_only=True, **place
+    )
+    return model.eval(), tokenizer
+
+
+def _tame_transformers() -> None:
+    """Its log lines become one line each, and its bars show on a terminal alone."""
+    from transformers.utils import logging as library
+
+    class OneLine(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            _say(f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}")
+
+    library.set_verbosity_warning()
+    library.disable_default_handler()
+    library.add_handler(OneLine())
+    if not sys.stderr.isatty():
+        library.disable_progress_bar()
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the model has no chat template, so it can't be asked with --chat; leave that out")
+    if chat:
+        turns = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].numel() == 0:
+        raise ValueError("the prompt is empty, and the model needs at least one token to go on from")
+    return inputs
+
+
+def _console() -> Console:
+    """Standard output; tables are as wide as they must be where no terminal limits them."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    # JSON knows neither infinity nor NaN.
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
+    print(json.dumps(plain, indent=2, allow_nan=False))
