@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from flash_llm.errors import CheckpointError, FlashLLMError, FormatError, KernelError, SlowPathWarning
+from flash_llm.integrations import register_transformers
 
 if TYPE_CHECKING:
     from flash_llm.nn import SparseLinear, compress
@@ -43,3 +44,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_transformers()

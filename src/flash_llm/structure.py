@@ -1,0 +1,140 @@
+"""A model's structure without its weights: which tensor of a checkpoint is the weight of which linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    rename_source_key,
+)
+
+from flash_llm.errors import CheckpointError
+from flash_llm.nn import BUFFERS
+
+
+def meta_model(path: Path, architectures: Iterable[str] = ()) -> PreTrainedModel:
+    """The model that a folder's config.json describes, on the meta device. Custom code is not run.
+
+    Raises:
+        CheckpointError: transformers doesn't know the architecture, or can't read the config.
+    """
+    model_class = next((getattr(transformers, name, None) for name in architectures), None)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config.__dict__.pop("quantization_config", None)
+        with torch.device("meta"):
+            return model_class(config) if model_class else AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a strange config makes transformers raise
+        raise CheckpointError(
+            f"{path} is no model that transformers {transformers.__version__} can build without custom code: {error}"
+        ) from error
+
+
+class TensorNames:
+    """Where transformers puts the tensors of a checkpoint: what it renames, and what it fuses or splits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._state: dict[str, Any] = dict(model.state_dict())
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):  # its tensors once it is packed
+                self._state.update({f"{name}.{buffer}": True for buffer in BUFFERS.values()})
+
+    def target(self, name: str) -> tuple[str | None, bool]:
+        """The model's name for a checkpoint's tensor (None: it has none), and whether its values are converted."""
+        target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        if target not in self._state and name in self._state:
+            target, pattern = name, None
+        return (target if target in self._state else None), pattern is not None
+
+    def layer(self, name: str) -> str | None:
+        """The module whose ``weight`` is the checkpoint's ``NAME.weight``, if a packed one finds its way there too."""
+        target, converted = self.target(f"{name}.weight")
+        if target is None or converted or not target.endswith(".weight"):
+            return None
+        module = target.removesuffix(".weight")
+        packed = {self.target(f"{name}.{buffer}") for buffer in BUFFERS.values()}
+        return module if packed == {(f"{module}.{buffer}", False) for buffer in BUFFERS.values()} else None
+
+
+@dataclass
+class Linears:
+    """A checkpoint's linear layers, by their names in the checkpoint.
+
+    Attributes:
+        layers: those whose weight is one tensor of the checkpoint, and the names of their modules.
+        other: those that can't be packed, and why.
+    """
+
+    layers: dict[str, str] = field(default_factory=dict)
+    other: dict[str, str] = field(default_factory=dict)
+
+
+def find_linears(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Linears:
+    """Finds the linear layers of a model among a checkpoint's tensors.
+
+    Raises:
+        ValueError: the model has no linear layer.
+        CheckpointError: a tensor's shape is not the one that the config calls for.
+    """
+    names = TensorNames(model)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no linear layers to compress")
+    tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+    in_float32 = kept_in_float32(model, torch.float16)
+    found, seen = Linears(), set()
+    for tensor in shapes:
+        target, converted = names.target(tensor)
+        if target is None or not tensor.endswith(".weight"):
+            continue
+        layer = tensor.removesuffix(".weight")
+        if converted:
+            if len(shapes[tensor]) == 2:
+                found.other[target.removesuffix(".weight")] = "transformers fuses or splits its tensors at load"
+            continue
+        module = target.removesuffix(".weight")
+        if module not in linears:
+            continue
+        seen.add(module)
+        linear = linears[module]
+        expected = (linear.out_features, linear.in_features)
+        if shapes[tensor] != expected:
+            raise CheckpointError(f"{tensor} is {list(shapes[tensor])}, but config.json makes it {list(expected)}")
+        if type(linear) is not nn.Linear:
+            found.other[layer] = f"it is a special linear layer, {type(linear).__name__}"
+        elif target in tied:
+            found.other[layer] = "its weight is shared with another layer"
+        elif in_float32(target):
+            found.other[layer] = f"{type(model).__name__} keeps it in float32"
+        elif names.layer(layer) != module:
+            found.other[layer] = "transformers renames its tensors one by one at load"
+        else:
+            found.layers[layer] = module
+    for name in linears:
+        if name not in seen and f"{name}.weight" not in tied:
+            found.other.setdefault(name, "its weight is not a tensor of its own in the checkpoint")
+    return found
+
+
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether a model of ``dtype`` keeps the parameter of a given name in float32."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return lambda name: False
+    pattern = build_glob_alternation(list(plan))[0]
+    return lambda name: pattern.search(name) is not None
