@@ -16,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +31,19 @@ from flash_llm.errors import FlashLLMError
 if TYPE_CHECKING:
     import torch
 
+    from flash_llm.checkpoint import FolderInfo
+
 INTERRUPTED = 130
+
+
+@dataclass
+class _State:
+    """What the options before the verb say."""
+
+    debug: bool = False
+
+
+_state = _State()
 
 
 class Dtype(str, Enum):
@@ -104,7 +117,7 @@ def _verb(function: Callable[..., None]) -> Callable[..., None]:
         except typer.Exit:
             raise
         except Exception as error:
-            if _debug():
+            if _state.debug:
                 traceback.print_exc()
             _say(f"error: {_describe(error)}")
             raise typer.Exit(1) from None
@@ -133,10 +146,6 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {words} (unexpected; --debug shows where, `flash-llm env` what a report needs)"
 
 
-def _debug() -> bool:
-    return os.environ.get("FLASH_LLM_DEBUG", "") not in ("", "0")
-
-
 def _say(line: str) -> None:
     """A line for the person, on standard error: standard output holds results alone."""
     print(line, file=sys.stderr, flush=True)
@@ -144,7 +153,7 @@ def _say(line: str) -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Warnings as one line each; those for developers only with ``--debug``."""
-    if _debug() or not issubclass(category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning)):
+    if _state.debug or not issubclass(category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning)):
         _say(f"warning: {' '.join(str(message).split())}")
 
 
@@ -165,8 +174,7 @@ def _top(
       flash-llm generate SMALL "The capital of France is"
       flash-llm evaluate SMALL --text wikitext2-test.txt
     """
-    if debug:
-        os.environ["FLASH_LLM_DEBUG"] = "1"
+    _state.debug = debug
     if version:
         from flash_llm import __version__
 
@@ -245,6 +253,10 @@ def compress(
         typer.Option(help="Type of the packed weights. Default: the model's own, bfloat16 for float32."),
     ] = None,
     skip: Skip = None,
+    min_sparsity: Annotated[
+        float | None,
+        typer.Option(help="Leave layers dense that have fewer zeros; 0 packs all. Default: those that hardly shrink."),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Pack the pruned layers of a model: the same weights in fewer bytes.
@@ -256,7 +268,7 @@ def compress(
       flash-llm compress PRUNED --out SMALL
       flash-llm compress PRUNED --skip 'layers\\.0\\.' --out SMALL
     """
-    _compress(model, out, device=_device(device), dtype=dtype, skip=skip)
+    _compress(model, out, device=_device(device), dtype=dtype, skip=skip, min_sparsity=min_sparsity)
     print(out)
 
 
@@ -314,9 +326,8 @@ def generate(
     output = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
     seconds = time.perf_counter() - start
     tokens = output.shape[1] - inputs["input_ids"].shape[1]
-    _say(
-        f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s, on {loaded.device} in {_name(loaded.dtype)}"
-    )
+    speed = f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s"
+    _say(f"{speed}, on {loaded.device} in {_name(loaded.dtype)}")
 
 
 @_verb
@@ -368,23 +379,33 @@ def inspect(
     from flash_llm.checkpoint import read_folder
 
     info = read_folder(model)
-    print(info)
+    if json_:
+        _print_json(info.to_dict())
+    else:
+        _print_folder(info)
 
 
 @_verb
 def verify(
     model: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed model folder.")],
+    accept_config: Annotated[
+        bool, typer.Option("--accept-config", help="Sign config.json as it now is: you edited it, and meant it.")
+    ] = False,
 ) -> None:
     """Check every byte of a compressed model against the checksums that it was written with.
 
     \b
     Examples:
       flash-llm verify SMALL
+      flash-llm verify SMALL --accept-config     # after an edit of config.json that was meant
     """
+    from flash_llm.checkpoint import accept_config as accept
     from flash_llm.checkpoint import verify_folder
 
-    verify_folder(model)
-    print(f"{model}: every checksum is right")
+    if accept_config:
+        accept(model)
+    tensors = verify_folder(model)
+    print(f"{model}: {tensors} tensors and config.json are as they were written")
 
 
 @_verb
@@ -420,15 +441,69 @@ def _flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
 
 
 def _compress(
-    model: Path, out: Path, *, device: str, dtype: PackedDtype | None = None, skip: list[str] | None = None
+    model: Path,
+    out: Path,
+    *,
+    device: str,
+    dtype: PackedDtype | None = None,
+    skip: list[str] | None = None,
+    min_sparsity: float | None = None,
 ) -> None:
     from flash_llm.checkpoint import compress_folder
     from flash_llm.nn import DEFAULT_SKIP
 
     report = compress_folder(
-        model, out, skip=(*DEFAULT_SKIP, *(skip or [])), dtype=dtype and dtype.value, device=device
+        model,
+        out,
+        skip=(*DEFAULT_SKIP, *(skip or [])),
+        dtype=dtype and dtype.value,
+        device=device,
+        min_sparsity=min_sparsity,
     )
-    _say(str(report))
+    _say(
+        f"packed {len(report.packed)} layers in {report.dtype}, {len(report.skipped)} stay dense: "
+        f"{_size(report.source_nbytes)} became {_size(report.nbytes)} ({report.nbytes / report.source_nbytes:.1%})"
+    )
+
+
+def _print_folder(info: FolderInfo) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    for title in ("shape", "dtype", "zeros", "bytes", "dense", "ratio"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("kept dense because")
+    for layer in info.layers:
+        table.add_row(
+            layer.name,
+            "x".join(map(str, layer.shape)),
+            layer.dtype,
+            _percent(layer.sparsity),
+            _size(layer.nbytes),
+            _size(layer.dense_nbytes),
+            _percent(layer.ratio),
+            "" if layer.packed or not info.compressed else layer.reason,
+        )
+    table.add_section()
+    linear = sum(layer.nbytes for layer in info.layers)
+    rows = {
+        f"{len(info.layers)} linear layers": (linear, info.dense_nbytes - info.other_nbytes),
+        "all else": (info.other_nbytes, info.other_nbytes),
+        "total": (info.nbytes, info.dense_nbytes),
+    }
+    for name, (nbytes, dense) in rows.items():
+        ratio = _percent(nbytes / dense if dense else None)
+        table.add_row(name, "", "", "", _size(nbytes), _size(dense), ratio, "", style="bold")
+    _console().print(table)
+
+
+def _size(nbytes: int) -> str:
+    """Bytes in the largest decimal unit that leaves a number of 1 or more."""
+    power = min(max(0, (len(str(nbytes)) - 1) // 3), 4)
+    return f"{nbytes} B" if power == 0 else f"{nbytes / 1000**power:.2f} {' kMGT'[power]}B"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _require_free(out: Path) -> None:
@@ -474,8 +549,6 @@ def _load(folder: Path, device: str, dtype: Dtype) -> tuple[Any, Any]:
     _tame_transformers()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import flash_llm.integrations.transformers  # noqa: F401  (makes compressed folders known)
-
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     place = {} if device == "cpu" else {"device_map": {"": device}}
     model = AutoModelForCausalLM.from_pretrained(
@@ -484,6 +557,7 @@ def _load(folder: Path, device: str, dtype: Dtype) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+@functools.cache
 def _tame_transformers() -> None:
     """Its log lines become one line each, and its bars show on a terminal alone."""
     from transformers.utils import logging as library
