@@ -15,6 +15,7 @@ from flash_llm.errors import CheckpointError
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _FLOATING = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 _SIDE_FILES_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 
 
@@ -90,6 +91,11 @@ class SourceFolder:
         Raises:
             CheckpointError: there is none in the folder.
         """
+        if not any(file for pattern in _TOKENIZER_FILES for file in self.folder.glob(pattern)):
+            # Some releases of transformers would make up an empty one.
+            raise CheckpointError(
+                f"{self.folder} has no usable tokenizer, needed for calibration: there is no file of one."
+            )
         try:
             return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
