@@ -2,8 +2,9 @@
 
 A compressed folder is the dense one with each packed layer's ``NAME.weight`` replaced by ``NAME.weight_bitmap``,
 ``NAME.weight_values`` and ``NAME.weight_offsets``, and a ``quantization_config`` in config.json that says what is
-packed and how every tensor may be checked. One packed layer's ``NAME.weight`` stays, with no elements: a loader that
-doesn't know the format then stops at its shape, where it would otherwise fill what it misses with random numbers.
+packed and how every tensor may be checked. The ``NAME.weight`` of the layer whose name sorts first stays, with no
+elements: a loader that doesn't know the format then stops at its shape, where it would otherwise fill what it misses
+with random numbers.
 """
 
 from __future__ import annotations
@@ -202,8 +203,6 @@ def compress_folder(
             layer = name.removesuffix(".weight")
             weight = pack(tensor) if name in candidates else None
             if isinstance(weight, PackedWeight):
-                if not layers:  # see the module's docstring
-                    _add_dense(writer, checksums, name, tensor.new_empty(0))
                 layers[layer] = weight.metadata()
                 report.packed.append(layer)
                 for part, buffer in BUFFERS.items():
@@ -214,6 +213,8 @@ def compress_folder(
             _add_dense(writer, checksums, name, tensor)
         if not layers:
             raise ValueError(_nothing_packed(folder, report))
+        first = min(layers)  # by name; what it is for: see the module's docstring
+        _add_dense(writer, checksums, f"{first}.weight", torch.empty(0, dtype=getattr(torch, layers[first]["dtype"])))
         writer.close()
         copy_side_files(folder, out)
         record = make_record(layers, report.skipped, checksums, _pruning(folder))
@@ -277,8 +278,7 @@ def read_folder(model_dir: str | Path, *, count_zeros: bool | None = None) -> Fo
         reasons, pruning = found.other, _pruning(folder)
     count = record is None if count_zeros is None else count_zeros
     layers += [_dense_layer(folder, name, reason, count) for name, reason in dense.items()]
-    position = {name: place for place, name in enumerate(folder.names)}
-    layers.sort(key=lambda info: position[f"{info.name}.{BUFFERS['bitmap'] if info.packed else 'weight'}"])
+    layers.sort(key=lambda info: _natural(info.name))
     total = sum(folder.info(name).nbytes for name in folder.names)
     other = total - sum(layer.nbytes for layer in layers)
     return FolderInfo(Path(model_dir), record is not None, layers, other, dict(reasons), pruning)
@@ -637,6 +637,11 @@ def _packed_layers(record: Mapping[str, Any]) -> list[LayerInfo]:
         dense = rows * columns * state["values"].element_size()
         layers.append(LayerInfo(name, (rows, columns), metadata["dtype"], True, nbytes, dense, metadata.get("nnz")))
     return layers
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 10 after layer 9."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _dense_layer(folder: ModelFolder, name: str, reason: str, count: bool) -> LayerInfo:

@@ -172,9 +172,11 @@ class ModelFolder(TensorFiles):
         """Raises CheckpointError where the index and the shards don't agree on which tensor is where."""
         if not (self.path / INDEX).is_file() or self.files == [self.path / SINGLE]:
             return
-        listed = read_json(self.path / INDEX)["weight_map"]
+        index = read_json(self.path / INDEX)
+        if not isinstance(index.get("metadata"), dict):  # which transformers asks for
+            raise CheckpointError(f"{self.path / INDEX} has no metadata: it is damaged; copy it again")
         stored = {name: self.file_of(name).name for name in self.names}
-        wrong = sorted(set(listed.items()) ^ set(stored.items()))
+        wrong = sorted(set(index["weight_map"].items()) ^ set(stored.items()))
         if wrong:
             raise CheckpointError(f"{self.path / INDEX} and the shards don't agree on {wrong[0][0]}; copy it again")
 

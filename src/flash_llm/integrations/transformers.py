@@ -195,7 +195,7 @@ class FlashLLMQuantizer(HfQuantizer):
         for name in layers:
             state |= {f"{name}.{BUFFERS[part]}": tensor for part, tensor in packed[stored[name]].tensors().items()}
         if layers:  # see flash_llm.checkpoint
-            first = next(iter(layers))
+            first = min(layers, key=lambda name: stored[name])
             state[f"{first}.weight"] = packed[stored[first]].values.new_empty(0)
         old = self.config.record
         self.config.record = make_record(
