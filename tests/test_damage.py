@@ -115,8 +115,8 @@ def check(folder: Path, expected: Tensor, target: Path, pattern: str, damage: Da
         loaded = logits(load(target))
     except (FlashLLMError, SafetensorError, OSError):
         pass
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
-        assert file.suffix == ".json"  # transformers reads these before we do
+    except Exception:  # of all kinds, but only of transformers, which reads these before we do
+        assert file.suffix == ".json"
     assert loaded is not None or not verified, f"seed {seed}: verified, but could not be loaded"
     assert loaded is None or torch.equal(loaded, expected), f"seed {seed}: another model"
     shutil.rmtree(target)
