@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +13,11 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    build_glob_alternation,
-    rename_source_key,
-)
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from flash_llm.errors import CheckpointError
 from flash_llm.nn import BUFFERS
+from flash_llm.tensor.layout import VALUE_DTYPES
 
 
 def meta_model(path: Path, architectures: Iterable[str] = ()) -> PreTrainedModel:
@@ -133,8 +130,7 @@ def find_linears(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
 
 def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
     """Whether a model of ``dtype`` keeps the parameter of a given name in float32."""
-    plan = model._get_dtype_plan(dtype)
-    if not plan:
-        return lambda name: False
-    pattern = build_glob_alternation(list(plan))[0]
-    return lambda name: pattern.search(name) is not None
+    strict = (model._keep_in_fp32_modules_strict or ()) if dtype in VALUE_DTYPES else ()
+    lax = (model._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()
+    patterns = [re.compile(name.replace("*", ".*")) for name in (*strict, *lax)]
+    return lambda name: any(pattern.search(name) for pattern in patterns)

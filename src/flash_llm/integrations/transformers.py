@@ -9,6 +9,7 @@ no time.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,13 +111,19 @@ class FlashLLMQuantizer(HfQuantizer):
         names = TensorNames(model)
         for layer, metadata in record["layers"].items():
             self._make_sparse(model, names.layer(layer), layer, metadata)
-        # The one without elements: see flash_llm.checkpoint.
-        placeholders = {rf"^{names.target(f'{layer}.weight')[0]}$".replace(".", r"\.") for layer in record["layers"]}
-        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | placeholders
+        self._expect_placeholder(model, names.target(f"{min(record['layers'])}.weight")[0])
         state = model.state_dict()
         self.dtypes = {name: tensor.dtype for name, tensor in state.items()}
         self.shapes = {name: tensor.shape for name, tensor in state.items()}
         return model
+
+    def _expect_placeholder(self, model: PreTrainedModel, name: str | None) -> None:
+        """Lets transformers ignore the weight without elements that is in the files: see flash_llm.checkpoint."""
+        if name is None:
+            return
+        ignored = model._keys_to_ignore_on_load_unexpected  # a set, or in older releases a list
+        patterns = [*(ignored or ()), f"^{re.escape(name)}$"]
+        model._keys_to_ignore_on_load_unexpected = set(patterns) if isinstance(ignored, set) else patterns
 
     def _make_sparse(self, model: PreTrainedModel, name: str | None, layer: str, metadata: Mapping[str, Any]) -> None:
         """Replaces a linear layer by an empty SparseLinear."""
