@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flash_llm import ops
 from flash_llm.errors import SlowPathWarning
 from flash_llm.tensor import PackedWeight, empty_state, parse_metadata
+from flash_llm.tensor.layout import VALUE_DTYPES
 
 BUFFERS = {"bitmap": "weight_bitmap", "values": "weight_values", "offsets": "weight_offsets"}
 """PackedWeight's tensors and the buffers of SparseLinear, and so of a checkpoint, that hold them."""
@@ -64,9 +65,11 @@ class SparseLinear(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight, sharing this layer's memory."""
+        """The weight, sharing this layer's memory unless it was cast to a dtype that packed weights can't have."""
         shape = (self.out_features, self.in_features)
-        values = self.weight_values.to(self.packed_dtype)
+        values = self.weight_values
+        if values.dtype not in VALUE_DTYPES:
+            values = values.to(self.packed_dtype)
         return PackedWeight(shape, self.weight_bitmap, values, self.weight_offsets, self.tile_words, self.max_packets)
 
     def expand(self) -> None:
@@ -81,14 +84,18 @@ class SparseLinear(nn.Module):
                 self.expand()
             if self._dense is not None:
                 return nn.functional.linear(x, self._dense, self.bias)
-        if self.weight_values.dtype != self.packed_dtype:
-            self.packed_dtype = self.weight_values.dtype  # the model was cast, and the values with it
         return ops.linear(x, self.packed, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         super()._apply(fn, recurse)
         self._dense = None  # of the old device or dtype
+        if self.weight_values.dtype in VALUE_DTYPES:
+            self.packed_dtype = self.weight_values.dtype
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._dense = None  # of the old weight
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -113,21 +120,30 @@ def compress(model: nn.Module, skip: Iterable[str] = DEFAULT_SKIP) -> CompressRe
         What was packed, and what was not and why.
 
     Raises:
-        ValueError: the model has no linear layer at all.
-        TypeError: a layer's weight is neither float16 nor bfloat16.
+        ValueError: the model has no linear layer at all, or is itself one.
+        TypeError: a layer's weight is neither float16 nor bfloat16. The model is then as it was.
     """
     patterns = [re.compile(pattern) for pattern in skip]
     report = CompressReport()
-    linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    # Names and dtypes, no modules: so each dense weight's memory is free once it is replaced.
+    linears = {name: module.weight.dtype for name, module in model.named_modules() if type(module) is nn.Linear}
     if not linears:
         raise ValueError(f"{type(model).__name__} has no linear layers to compress")
-    for name, module in linears:
+    if isinstance(model, nn.Linear):
+        raise ValueError("the model is itself a linear layer: use SparseLinear.from_linear")
+    for name, dtype in linears.items():
         matched = next((p.pattern for p in patterns if p.search(name)), None)
         if matched is not None:
             report.skipped[name] = f"its name matches {matched!r}"
-            continue
-        replace_module(model, name, SparseLinear.from_linear(module))
-        report.packed.append(name)
+        elif dtype not in VALUE_DTYPES:
+            raise TypeError(
+                f"{name} has weights of {dtype}, which can't be packed; convert the model to float16 or "
+                f"bfloat16 first, or skip that layer"
+            )
+        else:
+            report.packed.append(name)
+    for name in report.packed:
+        replace_module(model, name, SparseLinear.from_linear(cast(nn.Linear, model.get_submodule(name))))
     return report
 
 

@@ -1,8 +1,8 @@
 """The operators, registered with torch: they work under ``torch.compile(fullgraph=True)`` and in CUDA graphs.
 
-``flash_llm::linear`` multiplies by a packed weight and ``flash_llm::unpack`` expands one. Both take the weight's tensors
-and numbers one by one, since that is what torch's operators can take; :func:`linear` and :func:`unpack` are the
-functions to call.
+``flash_llm::linear`` multiplies by a packed weight and ``flash_llm::unpack`` expands one. Both take the weight's
+tensors and numbers one by one, since that is what torch's operators can take; :func:`linear` and :func:`unpack` are
+the functions to call.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from flash_llm.errors import SlowPathWarning
 from flash_llm.kernels import reference
 from flash_llm.tensor import PackedWeight
+from flash_llm.tensor.layout import VALUE_DTYPES
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -32,7 +33,8 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
         [..., M] in x's dtype.
 
     Raises:
-        TypeError: x or bias is of another dtype than the weight.
+        TypeError: x or bias is of another dtype than the weight, or the weight's values were cast to a dtype that
+            packed weights can't have.
         ValueError: x or bias has the wrong width or is on another device.
     """
     _check(x, weight, bias)
@@ -52,11 +54,14 @@ def _flat(weight: PackedWeight) -> tuple[Any, ...]:
 
 def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
     rows, columns = weight.shape
+    if weight.dtype not in VALUE_DTYPES:
+        raise TypeError(f"a packed weight holds float16 or bfloat16 values, not {weight.dtype}: cast them back")
     if x.dtype != weight.dtype:
         raise TypeError(f"x is {x.dtype} but the weight is {weight.dtype}; convert x with x.to({weight.dtype})")
     if x.dim() == 0 or x.shape[-1] != columns:
         raise ValueError(
-            f"x of shape {tuple(x.shape)} doesn't fit a weight of {rows} x {columns}: its last dimension must be {columns}"
+            f"x of shape {tuple(x.shape)} doesn't fit a weight of {rows} x {columns}: its last dimension must be "
+            f"{columns}"
         )
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device} but the weight is on {weight.device}; move one of them")

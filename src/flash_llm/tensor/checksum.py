@@ -22,7 +22,8 @@ def checksum(tensor: Tensor) -> int:
         rest = int.from_bytes(bytes(raw[-tail:].tolist()), "little")
         total += rest * (2 * (raw.numel() // 4) + 1)
         raw = raw[:-tail]
-    words = raw.view(torch.int32) if raw.data_ptr() % 4 == 0 else raw.clone().view(torch.int32)
+    aligned = raw.data_ptr() % 4 == 0 and raw.storage_offset() % 4 == 0
+    words = (raw if aligned else raw.clone()).view(torch.int32)
     sums = [torch.zeros((), dtype=torch.int64, device=raw.device)]
     for start in range(0, words.numel(), _CHUNK):
         part = words[start : start + _CHUNK].long()

@@ -27,8 +27,8 @@ PACKET_VALUES = 8
 """Values of 16 bits in a packet, the unit that a lane loads at a time: 16 bytes."""
 
 LANE_CAPACITY = 96
-"""Nonzeros that a lane may have in a tile. Kernels expand a tile in shared memory, 128 bytes a nonzero and warp, so this
-bounds what a warp needs; 96 lets 16 warps and a piece of X live together on one multiprocessor."""
+"""Nonzeros that a lane may have in a tile. Kernels expand a tile in shared memory, 128 bytes a nonzero and warp, so
+this bounds what a warp needs; 96 lets 16 warps and a piece of X live together on one multiprocessor."""
 
 TILE_WORDS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 """Tile sizes that kernels are built for. With one or two words a lane can't exceed LANE_CAPACITY at any sparsity."""

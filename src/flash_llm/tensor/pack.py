@@ -81,7 +81,7 @@ def pack(dense: Tensor, tile_words: int | None = None) -> PackedTensors:
 def unpack(packed: PackedTensors, rows: int, columns: int) -> Tensor:
     """The dense [M, K] matrix of a packed one."""
     bitmap, tile_words = packed.bitmap, packed.tile_words
-    strips, words, tiles = grid(rows, columns, tile_words)
+    _, words, tiles = grid(rows, columns, tile_words)
     dense = torch.empty(rows, columns, dtype=torch.int16, device=bitmap.device)
     source = packed.values.view(torch.int16).view(-1, PACKET_VALUES)
     for first, last in strip_chunks(rows, columns, bitmap.device):
@@ -113,7 +113,7 @@ def choose_tile_words(counts: Tensor) -> int:
     A lane's values are padded to whole packets once a tile, and a tile costs a kernel some fixed instructions: so the
     larger the better, until it no longer fits beside the other warps' tiles.
     """
-    strips, words, lanes = counts.shape
+    words = counts.shape[1]
     for tile_words in sorted(TILE_WORDS, reverse=True):
         if tile_words > 2 * words:
             continue  # a smaller one covers the whole row as well

@@ -38,7 +38,8 @@ class PackedWeight:
         offsets: int32 [strips * tiles + 1], the first packet of every tile, and their number at the end.
         tile_words: bitmap words in a tile, one of ``layout.TILE_WORDS``.
         max_packets: the most packets that a lane has in any tile.
-        checksum: of the three tensors as they were packed, or None where it isn't known.
+        checksum: of the three tensors and of what they are read by (shape, tile size, dtype) as they were packed, or
+            None where it isn't known.
     """
 
     shape: tuple[int, int]
@@ -215,7 +216,8 @@ class PackedWeight:
         """Proves that every offset and count is consistent, so that kernels may trust them. Returns self.
 
         Checks dtypes, devices and shapes; that bits beyond M and K are clear; that each tile has just the packets its
-        bits call for; and, where the checksum is known, that not a bit of the three tensors has changed.
+        bits call for; and, where the checksum is known, that not a bit of the three tensors has changed, nor the shape,
+        the tile size or the dtype that they are read by.
 
         Raises:
             FormatError: saying what is wrong.
@@ -239,8 +241,8 @@ class PackedWeight:
             raise FormatError(f"max_packets is {self.max_packets}, but the bitmap says {int(packets.max())}: damaged")
         if self.checksum is not None and self._checksum() != self.checksum:
             raise FormatError(
-                f"the values' checksum is {self._checksum():016x}, not {self.checksum:016x} as it was when they were "
-                f"packed: they are damaged; copy or make the file again"
+                f"the weight's checksum is {self._checksum():016x}, not {self.checksum:016x} as it was when it was "
+                f"packed: its values, shape or dtype are damaged; copy or make the file again"
             )
         return self
 
@@ -277,10 +279,9 @@ class PackedWeight:
         return _pack.PackedTensors(self.bitmap, self.values, self.offsets, self.tile_words, self.max_packets)
 
     def _checksum(self) -> int:
-        total = 0
-        for position, name in enumerate(TENSOR_NAMES):
-            total += (2 * position + 1) * checksum(getattr(self, name))
-        return total & ((1 << 64) - 1)
+        parts = [checksum(getattr(self, name)) for name in TENSOR_NAMES]
+        parts += [*self.shape, self.tile_words, VALUE_DTYPES.index(self.dtype)]
+        return sum((2 * position + 1) * part for position, part in enumerate(parts)) & ((1 << 64) - 1)
 
     def __repr__(self) -> str:
         return (
@@ -296,16 +297,18 @@ def parse_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
         FormatError: an unknown format version, or an entry that is missing or makes no sense.
     """
     version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         hint = "upgrade flash-llm" if isinstance(version, int) and version > FORMAT_VERSION else "compress it again"
         raise FormatError(f"format version {version!r}; this release reads version {FORMAT_VERSION}: {hint}")
     try:
-        rows, columns = (int(size) for size in metadata["shape"])
-        tile_words, max_packets = int(metadata["tile_words"]), int(metadata["max_packets"])
+        rows, columns = metadata["shape"]
+        tile_words, max_packets = metadata["tile_words"], metadata["max_packets"]
         digest = int(metadata["checksum"], 16)
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"a packed weight's metadata are damaged ({error!r}): {dict(metadata)}") from error
-    if rows < 1 or columns < 1 or tile_words not in TILE_WORDS:
+    if any(type(number) is not int for number in (rows, columns, tile_words, max_packets)):
+        raise FormatError(f"a packed weight's metadata are damaged, with other than integers: {dict(metadata)}")
+    if not (1 <= rows < 2**31 and 1 <= columns < 2**31 and tile_words in TILE_WORDS):
         raise FormatError(f"a packed weight's metadata are damaged: {dict(metadata)}")
     if not 0 <= max_packets * PACKET_VALUES <= LANE_CAPACITY:
         raise FormatError(f"max_packets={max_packets} is more than {LANE_CAPACITY // PACKET_VALUES}: damaged")
@@ -334,6 +337,8 @@ def _check_dense(dense: Tensor) -> None:
         raise TypeError(f"a tensor is needed to pack, not {type(dense).__name__}")
     if dense.dtype not in VALUE_DTYPES:
         raise TypeError(f"weights of {dense.dtype} can't be packed; convert them to float16 or bfloat16 first")
+    if dense.layout != torch.strided:
+        raise TypeError(f"a tensor of layout {dense.layout} can't be packed; make it dense with to_dense() first")
     if dense.dim() != 2 or dense.numel() == 0:
         raise ValueError(f"a matrix with at least one row and one column is needed, not shape {tuple(dense.shape)}")
     if dense.device.type == "meta":
