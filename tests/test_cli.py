@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import flash_llm
 from flash_llm import environment
 from flash_llm.cli import app
 
@@ -192,6 +193,11 @@ def test_verify_accepts_an_edit_that_was_meant(home: Path, tmp_path: Path) -> No
     assert_fails(run("verify", edited), "config.json")
     assert run("verify", edited, "--accept-config").exit_code == 0
     assert run("verify", edited).exit_code == 0
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"{flash_llm.__version__}\n")
 
 
 def test_env_describes_any_machine() -> None:

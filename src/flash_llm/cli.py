@@ -157,10 +157,20 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
         _say(f"warning: {' '.join(str(message).split())}")
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from flash_llm import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _top(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Prune a language model, compress it, and run it from the compressed weights.
 
@@ -175,11 +185,6 @@ def _top(
       flash-llm evaluate SMALL --text wikitext2-test.txt
     """
     _state.debug = debug
-    if version:
-        from flash_llm import __version__
-
-        print(__version__)
-        raise typer.Exit
 
 
 @_verb

@@ -10,8 +10,9 @@ import shutil
 import subprocess
 from typing import Any
 
+from flash_llm import __version__
+
 PACKAGES = (
-    "flash-llm",
     "torch",
     "transformers",
     "safetensors",
@@ -37,7 +38,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "memory_bytes": _memory()},
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"flash-llm": __version__, **{name: _version(name) for name in PACKAGES}},
         "cuda": {"torch_built_for": _torch_cuda(), "driver": _driver(), "nvrtc": _nvrtc()},
         "gpus": _gpus(),
         "kernel_cache": _kernel_cache(),
