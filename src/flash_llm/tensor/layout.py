@@ -28,7 +28,10 @@ PACKET_VALUES = 8
 
 LANE_CAPACITY = 96
 """Nonzeros that a lane may have in a tile. Kernels expand a tile in shared memory, 128 bytes a nonzero and warp, so
-this bounds what a warp needs; 96 lets 16 warps and a piece of X live together on one multiprocessor."""
+this bounds what a warp needs; 96 lets 12 to 16 warps and a piece of X live together on one multiprocessor."""
+
+MAX_PADDING = 0.075
+"""How much larger than 2 bytes a nonzero and 1 bit an element a matrix may become for the sake of smaller tiles."""
 
 TILE_WORDS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 """Tile sizes that kernels are built for. With one or two words a lane can't exceed LANE_CAPACITY at any sparsity."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from flash_llm.tensor.layout import (
     LANE_CAPACITY,
     LANES,
+    MAX_PADDING,
     PACKET_VALUES,
     STRIP_ROWS,
     TILE_WORDS,
@@ -108,18 +109,36 @@ def lane_counts(raw: Tensor) -> Tensor:
 
 
 def choose_tile_words(counts: Tensor) -> int:
-    """The largest tile whose lanes all stay within LANE_CAPACITY, from ``lane_counts``.
+    """The tile size for a matrix, from its ``lane_counts``; the same on any device.
 
-    A lane's values are padded to whole packets once a tile, and a tile costs a kernel some fixed instructions: so the
-    larger the better, until it no longer fits beside the other warps' tiles.
+    Among the sizes whose lanes stay within LANE_CAPACITY and whose padding to whole packets costs little, the one that
+    :func:`_busiest_work` finds quickest. Large matrices get large tiles: a tile costs a kernel some fixed instructions.
+    Small ones get tiles that can be shared out evenly.
     """
-    words = counts.shape[1]
+    strips, words, lanes = counts.shape
+    nonzeros = int(counts.sum(dtype=torch.int64))
+    wanted = MAX_PADDING * (2 * nonzeros + strips * words * lanes * 4)
+    best: tuple[bool, float, int] | None = None
     for tile_words in sorted(TILE_WORDS, reverse=True):
         if tile_words > 2 * words:
             continue  # a smaller one covers the whole row as well
-        if int(tile_counts(counts, tile_words).max()) <= LANE_CAPACITY:
-            return tile_words
-    return min(TILE_WORDS)
+        in_tiles = tile_counts(counts, tile_words)
+        if int(in_tiles.max()) > LANE_CAPACITY:
+            continue
+        packets = int(_packets(in_tiles).sum(dtype=torch.int64))
+        padded = 2 * (PACKET_VALUES * packets - nonzeros) > wanted
+        if padded and best is not None:
+            break  # smaller tiles are padded more
+        work = _busiest_work(strips, in_tiles.shape[1], tile_words, packets)
+        if best is None or (padded, work) < best[:2]:
+            best = (padded, work, tile_words)
+    return best[2] if best else min(TILE_WORDS)
+
+
+def _busiest_work(strips: int, tiles: int, tile_words: int, packets: int) -> float:
+    """Instructions of the busiest multiprocessor's warps, with a kernel's measured costs, on a GPU of usual size."""
+    rounds = ceil_div(ceil_div(strips, 12) * tiles, 132)
+    return rounds * (200 + 105 * tile_words + 17 * (2 + packets / (strips * tiles * LANES)))
 
 
 def tile_counts(counts: Tensor, tile_words: int) -> Tensor:

@@ -1,0 +1,113 @@
+// From a bitmap and packed values to the tensor cores' A registers: docs/format.md has the layout.
+//
+// A lane's nonzeros of a tile are first written to a column of shared memory that only this lane touches (its bank is
+// the lane's: no conflicts, no barriers). Every value is written twice, word q holding values q-1 and q. Then any pair
+// of neighbouring elements is one aligned load: at word q, where q counts the nonzeros up to and including the pair's
+// first element, the low half is that element if it is nonzero, and the high half the second one if that is nonzero.
+// A mask made of the two bits clears what is not. That is 5 instructions for 2 elements, and no branch.
+#pragma once
+#include "ptx.cuh"
+
+constexpr int LANES = 32;
+constexpr int WORD_COLUMNS = 64;
+constexpr int STRIP_ROWS = 16;
+constexpr uint32_t COLUMN_STEP = 128;  // bytes from a word of a lane's column to the next: one word for each lane
+
+// Packets of a tile stand in rows: the first packet of every lane that has one, then the second packets, and so on.
+struct PacketRows {
+  int mine;  // rows that this lane has a packet in
+  int full;  // rows that every lane has one in
+  int most;  // rows in all
+};
+
+template <int WORDS>
+DEVICE PacketRows packet_rows(const uint32_t (&words)[WORDS]) {
+  int count = 0;
+#pragma unroll
+  for (int w = 0; w < WORDS; ++w) count += __popc(words[w]);
+  PacketRows rows;
+  rows.mine = (count + 7) >> 3;
+  rows.full = __reduce_min_sync(0xffffffffu, rows.mine);
+  rows.most = __reduce_max_sync(0xffffffffu, rows.mine);
+  return rows;
+}
+
+// A tile's first AHEAD packets of this lane, loaded ahead into registers; the (rare) others are loaded when stored.
+// FULL rows are expected to be full: then their loads need no thought. Other sparsities are slower, not wrong.
+template <int AHEAD, int FULL>
+struct Packets {
+  uint4 held[AHEAD];
+  PacketRows rows;
+  const uint4* tile;
+  int rest;  // where row AHEAD begins
+
+  DEVICE void load(const uint4* tile_packets, const PacketRows& tile_rows, int lane) {
+    rows = tile_rows;
+    tile = tile_packets;
+    rest = 0;
+    if (rows.full >= FULL) {
+#pragma unroll
+      for (int r = 0; r < FULL; ++r) held[r] = load_stream(tile + r * LANES + lane);
+      rest = FULL * LANES;
+    } else {
+#pragma unroll
+      for (int r = 0; r < FULL; ++r) load_row(held[r], r, rest, lane);
+    }
+#pragma unroll
+    for (int r = FULL; r < AHEAD; ++r) load_row(held[r], r, rest, lane);
+  }
+
+  // A row that only some lanes have a packet in: theirs stand in the order of the lanes.
+  DEVICE void load_row(uint4& packet, int r, int& row, int lane) const {
+    const uint32_t takers = __ballot_sync(0xffffffffu, r < rows.mine);
+    load_stream_if(packet, r < rows.mine, tile + (row + __popc(takers & ((1u << lane) - 1))));
+    row += __popc(takers);
+  }
+
+  // Lanes without a packet in a row write what they happen to hold: behind their last value, where nobody reads.
+  DEVICE void store(uint32_t column, int lane) const {
+    uint32_t previous = 0;
+#pragma unroll
+    for (int r = 0; r < AHEAD; ++r) {
+      if (r < FULL || r < rows.most) store_packet(column, previous, held[r]);
+    }
+    int row = rest;
+    for (int r = AHEAD; r < rows.most; ++r) {
+      uint4 packet = {};
+      load_row(packet, r, row, lane);
+      store_packet(column, previous, packet);
+    }
+    store_shared(column, previous >> 16);
+  }
+
+  static DEVICE void store_packet(uint32_t& column, uint32_t& previous, const uint4& v) {
+    store_shared(column, prmt(previous, v.x, 0x5432));
+    store_shared(column + 1 * COLUMN_STEP, v.x);
+    store_shared(column + 2 * COLUMN_STEP, prmt(v.x, v.y, 0x5432));
+    store_shared(column + 3 * COLUMN_STEP, v.y);
+    store_shared(column + 4 * COLUMN_STEP, prmt(v.y, v.z, 0x5432));
+    store_shared(column + 5 * COLUMN_STEP, v.z);
+    store_shared(column + 6 * COLUMN_STEP, prmt(v.z, v.w, 0x5432));
+    store_shared(column + 7 * COLUMN_STEP, v.w);
+    previous = v.w;
+    column += 8 * COLUMN_STEP;
+  }
+};
+
+// Expands one word, 64 columns: a[4 s ...] are the A registers of its K step s of 16. `column` is the address of the
+// lane's word q for the nonzeros so far, and moves on.
+DEVICE void expand_word(uint32_t (&a)[16], uint32_t word, uint32_t& column) {
+  const uint32_t first = word & 0x80808080u;
+  uint32_t bits = word;  // shifted so that elements 4s-1, 4s, 4s+1, 4s+2 are the four bytes' top bits
+#pragma unroll
+  for (int s = 0; s < 8; ++s) {
+    const uint32_t next = s < 7 ? bits << 1 : word;  // element 31 stands where element -1 would
+    const uint32_t tops = bits & 0x80808080u;
+    column = dp4a(tops, s == 0 ? 0x00000100u : 0x00000101u, column);
+    a[2 * s] = load_shared(column) & prmt(bits, bits, 0xAA99);
+    column = dp4a(tops, 0x01010000u, column);
+    a[2 * s + 1] = load_shared(column) & prmt(bits, next, 0xCCBB);
+    bits = next;
+  }
+  column = dp4a(first, 0x00000001u, column);
+}

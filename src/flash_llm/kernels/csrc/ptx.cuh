@@ -1,0 +1,119 @@
+// Single instructions, by their PTX names. No header is included anywhere: NVRTC alone builds the kernels.
+#pragma once
+
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+
+#define DEVICE __device__ __forceinline__
+
+DEVICE uint32_t shared_address(const void* pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
+
+DEVICE uint32_t load_shared(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address));
+  return value;
+}
+DEVICE void store_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value));
+}
+
+// Weights are read once: they pass by L1 and ask L2 for the whole 128-byte line.
+DEVICE uint32_t load_stream(const uint32_t* pointer) {
+  uint32_t value;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.b32 %0, [%1];" : "=r"(value) : "l"(pointer));
+  return value;
+}
+DEVICE uint4 load_stream(const uint4* pointer) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(pointer));
+  return v;
+}
+
+// The same where `wanted`; elsewhere the word is 0 and the packet stays what it was.
+DEVICE uint32_t load_stream_if(bool wanted, const uint32_t* pointer) {
+  uint32_t value = 0;
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.L1::no_allocate.L2::128B.b32 %0, [%1];}"
+               : "+r"(value) : "l"(pointer), "r"((int)wanted));
+  return value;
+}
+DEVICE void load_stream_if(uint4& v, bool wanted, const uint4* pointer) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0;"
+               "@p ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(pointer), "r"((int)wanted));
+}
+
+DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t value;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(value) : "r"(a), "r"(b), "r"(selector));
+  return value;
+}
+DEVICE uint32_t dp4a(uint32_t a, uint32_t b, uint32_t sum) {
+  uint32_t value;
+  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(value) : "r"(a), "r"(b), "r"(sum));
+  return value;
+}
+
+// Copies 16 bytes, or writes 16 zero bytes where `valid` is false.
+DEVICE void copy_async(uint32_t target, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0));
+}
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+DEVICE void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+}
+
+// A barrier of the block's first `threads` threads.
+DEVICE void block_barrier(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+
+DEVICE uint32_t atomic_add_acq_rel(uint32_t* pointer, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(pointer), "r"(value) : "memory");
+  return before;
+}
+
+// Programmatic dependent launch: let the next kernel start, and wait for the one before to have finished.
+DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+DEVICE void wait_dependencies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// 16-bit floats as raw bits; BF16 chooses which of the two they are.
+#if BF16
+#define VALUE "bf16"
+#else
+#define VALUE "f16"
+#endif
+
+DEVICE uint16_t round_value(float x) {
+  uint16_t bits;
+  asm("cvt.rn." VALUE ".f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+DEVICE float widen_value(uint16_t bits) {
+  float x;
+#if BF16
+  x = __uint_as_float((uint32_t)bits << 16);
+#else
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+#endif
+  return x;
+}
+DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." VALUE "." VALUE ".f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}

@@ -1,0 +1,186 @@
+// The multiplying kernel for Hopper: X comes by the tensor copy engine, and from N = 32 on wgmma multiplies.
+//
+// Also compiled with STAGES, the pieces of X that are in flight or in use, REGISTERS of a multiplying thread, and WGMMA, 0 or
+// 1. A warp of its own fetches the pieces; the others wait only for the piece they need and tell when they are done with
+// it, so that they may drift apart.
+#include "hopper.cuh"
+#include "spmm.cuh"
+
+struct Params {
+  TensorMap x;  // boxes of N_BLOCKS * 8 rows and 64 columns, swizzled by 128 bytes
+  SpmmParams spmm;
+};
+
+constexpr int X_WORD = N_BLOCKS * 8 * WORD_COLUMNS * 2;  // bytes of X for one word
+constexpr int X_STAGE = CHUNK_WORDS * X_WORD;
+constexpr int RING_ALIGN = 1024;                         // of a swizzled box
+constexpr int FETCH_THREADS = 128;                       // a warpgroup, since registers are dealt out by warpgroups
+constexpr int FETCH_REGISTERS = 24;
+
+// The ring of pieces of X, as one warp sees it. Each place has two barriers: the piece is there; all are done with it.
+struct Ring {
+  uint32_t stages, full, empty;
+  int place, parity;
+
+  DEVICE void advance() {
+    if (++place == STAGES) {
+      place = 0;
+      parity ^= 1;
+    }
+  }
+  DEVICE uint32_t piece() const { return stages + place * X_STAGE; }
+  DEVICE void wait() const { barrier_wait(full + place * 8, parity); }
+  // Says that this warp is done with the piece before. `zero` is added to the address: it carries a dependency.
+  DEVICE void release_before(uint32_t zero) const {
+    barrier_arrive(empty + (place == 0 ? STAGES - 1 : place - 1) * 8 + zero);
+  }
+};
+
+// One thread fetches all pieces of X that this block's tiles need, in order.
+DEVICE void fetch_x(const Params& p, Ring ring, int tile, int tiles) {
+  for (; tiles > 0; --tiles) {
+    for (int part = 0; part < CHUNKS; ++part) {
+      const int words = min(CHUNK_WORDS, TILE_WORDS - part * CHUNK_WORDS);
+      const int first = (tile * TILE_WORDS + part * CHUNK_WORDS) * WORD_COLUMNS;
+      const uint32_t full = ring.full + ring.place * 8;
+      barrier_wait(ring.empty + ring.place * 8, ring.parity ^ 1);
+      barrier_expect(full, words * X_WORD);
+      for (int i = 0; i < words; ++i) copy_box(ring.piece() + i * X_WORD, &p.x, first + i * WORD_COLUMNS, 0, full);
+      ring.advance();
+    }
+    if (++tile == p.spmm.tiles) tile = 0;
+  }
+}
+
+#if WGMMA
+// Multiplies a word by its columns of X, asynchronously: the products of the word before are done when this returns.
+DEVICE void multiply_word(float (&sum)[N_BLOCKS][4], uint32_t word, uint32_t& column, uint32_t x, int) {
+  uint32_t a[16];
+  expand_word(a, word, column);
+  const uint64_t b = swizzled_descriptor(x);
+  wgmma_fence();
+#pragma unroll
+  for (int s = 0; s < 4; ++s) wgmma(sum, a + 4 * s, b + (s * 32 >> 4));
+  wgmma_commit();
+  wgmma_wait<1>();
+}
+#else
+DEVICE void multiply_word(float (&sum)[N_BLOCKS][4], uint32_t word, uint32_t& column, uint32_t x, int lane) {
+  uint32_t a[16];
+  expand_word(a, word, column);
+  // ldmatrix: lanes 0-7 give the rows of the first 8x8 matrix, and so on. One block of n: its four matrices are four
+  // pieces of 8 columns; more: two pieces of columns for each of two blocks of n. Swizzled: piece ^ row.
+  const int row = N_BLOCKS == 1 ? lane & 7 : (lane & 7) + (lane >> 4) * 8;
+  const int piece = N_BLOCKS == 1 ? lane >> 3 : (lane >> 3) & 1;
+  const uint32_t address = x + row * 128 + ((piece ^ (lane & 7)) << 4);
+  uint32_t b[4];
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    if constexpr (N_BLOCKS == 1) {
+      if (s % 2 == 0) load_matrices(b, address ^ (s << 5));
+      mma_m16n8k16(sum[0], a + 4 * s, b[s % 2 * 2], b[s % 2 * 2 + 1]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < N_BLOCKS; j += 2) {
+        load_matrices(b, (address ^ (s << 5)) + j * 1024);
+        mma_m16n8k16(sum[j], a + 4 * s, b[0], b[1]);
+        mma_m16n8k16(sum[j + 1], a + 4 * s, b[2], b[3]);
+      }
+    }
+  }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, 1) spmm(const __grid_constant__ Params params) {
+  extern __shared__ uint8_t memory[];
+  const SpmmParams& p = params.spmm;
+  launch_dependents();
+  const int lane = threadIdx.x & 31;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
+  const int begin = first_unit(p, blockIdx.x), end = first_unit(p, blockIdx.x + 1);
+  if (begin == end) return;
+  int row_block = begin / p.tiles, tile = begin - row_block * p.tiles;
+
+  const uint32_t stages = (shared_address(memory) + RING_ALIGN - 1) & ~(RING_ALIGN - 1u);
+  const uint32_t full = stages + STAGES * X_STAGE;
+  Ring ring{stages, full, full + STAGES * 8, 0, 0};
+  if (warp >= WARPS) {
+    give_registers<FETCH_REGISTERS>();
+    if (threadIdx.x == THREADS) {
+      for (int i = 0; i < STAGES; ++i) {
+        barrier_init(ring.full + i * 8, 1);
+        barrier_init(ring.empty + i * 8, WARPS);
+      }
+      barrier_init_done();
+    }
+    __syncthreads();
+    wait_dependencies();
+    if (threadIdx.x == THREADS) fetch_x(params, ring, tile, end - begin);
+    return;
+  }
+  take_registers<REGISTERS>();
+
+  // The weights of the first tiles are on their way before X may be read.
+  const uint32_t base = full + 128 + warp * p.column_bytes + lane * 4;
+  Cursor ahead{tile, row_block * WARPS + warp, end - begin};
+  ahead.begin_strip(p, lane);
+  uint32_t words[TILE_WORDS], later[TILE_WORDS];
+  Packets<PACKETS_AHEAD, LIKELY_FULL> packets = {};
+#pragma unroll
+  for (int w = 0; w < TILE_WORDS; ++w) words[w] = ahead.word(p, w);
+  const uint32_t first_offset = __ldg(ahead.offset);
+  ahead.advance(p, lane);
+#pragma unroll
+  for (int w = 0; w < TILE_WORDS; ++w) later[w] = ahead.word(p, w);
+  uint32_t next_offset = __ldg(ahead.offset);
+  packets.load(p.packets + first_offset, packet_rows(words), lane);
+  __syncthreads();
+  wait_dependencies();
+  float sum[N_BLOCKS][4] = {};
+  // A piece of X may be overwritten once ldmatrix has delivered it, not once it was issued, and nothing but the use of
+  // what it delivers tells that. So the release is made to depend on the last product, through a zero that the compiler
+  // can't know to be one. (wgmma has wgmma_wait for this.)
+  const uint32_t never = WGMMA ? 0 : (uint32_t)p.n >> 16;
+  uint32_t products_done = 0;
+
+  for (int unit = begin; unit < end; ++unit) {
+    packets.store(base, lane);
+    packets.load(p.packets + next_offset, packet_rows(later), lane);  // of the next tile
+    ahead.advance(p, lane);                                           // to the one after
+    next_offset = __ldg(ahead.offset);
+    uint32_t column = base;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      ring.wait();
+      const uint32_t x = ring.piece();
+#pragma unroll
+      for (int i = 0; i < CHUNK_WORDS; ++i) {
+        const int w = c * CHUNK_WORDS + i;
+        if (w < TILE_WORDS) {
+          multiply_word(sum, words[w], column, x + i * X_WORD, lane);
+          words[w] = later[w];
+          later[w] = ahead.word(p, w);
+          // Only now are all products of the piece before this one done.
+          if (i == 0 && lane == 0 && (c > 0 || unit > begin)) ring.release_before(products_done);
+        }
+      }
+      products_done = __float_as_uint(sum[N_BLOCKS - 1][0]) & never;
+      ring.advance();
+    }
+    const bool last_tile = tile + 1 == p.tiles;
+    if (last_tile || unit + 1 == end) {
+#if WGMMA
+      wgmma_wait<0>();
+#pragma unroll
+      for (int i = 0; i < ACCUMULATORS; ++i) asm volatile("" : "+f"(sum[i / 4][i % 4])::"memory");
+#endif
+      finish_row_block(p, sum, row_block, begin, end, warp, lane);
+    }
+    if (last_tile) {
+      tile = 0;
+      ++row_block;
+    } else {
+      ++tile;
+    }
+  }
+}

@@ -1,0 +1,189 @@
+"""The operators on a GPU: choose a kernel, get its workspace, launch it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from flash_llm.kernels import launch, plan
+from flash_llm.tensor import PackedWeight
+from flash_llm.tensor.layout import LANES, PACKET_VALUES, WORD_COLUMNS, grid
+
+_UNPACK_WARPS = 8
+
+
+class _UnpackParams(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("bitmap", "packets", "offsets", "dense")),
+        *((name, ctypes.c_int) for name in ("rows", "columns", "words", "tiles", "total_tiles", "column_bytes")),
+    )
+
+
+class _SpmmParams(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("bitmap", "packets", "offsets", "x", "bias", "y", "partial", "arrivals")
+        ),
+        ("x_stride", ctypes.c_longlong),
+        *(
+            (name, ctypes.c_int)
+            for name in ("rows", "columns", "n", "strips", "words", "tiles", "units", "column_bytes")
+        ),
+    )
+
+
+class _HopperParams(ctypes.Structure):
+    _fields_ = (("x", ctypes.c_uint64 * 16), ("spmm", _SpmmParams))
+
+
+@functools.cache
+def device_properties(device: int) -> plan.Device:
+    """What a plan needs to know of a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    shared = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    return plan.Device((properties.major, properties.minor), properties.multi_processor_count, shared)
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """x [..., K] times the transposed weight, plus bias: [..., M]."""
+    rows, columns = weight.shape
+    flat = x.reshape(-1, columns)
+    if flat.shape[0] >= plan.UNPACK_FROM:
+        return torch.nn.functional.linear(x, unpack(weight), bias)
+    y = x.new_empty(flat.shape[0], rows)
+    flat = _readable(flat)
+    for first in range(0, flat.shape[0], plan.MAX_N):
+        _spmm(flat[first : first + plan.MAX_N], weight, bias, y[first : first + plan.MAX_N])
+    return y.view(*x.shape[:-1], rows)
+
+
+def unpack(weight: PackedWeight) -> Tensor:
+    """The dense [M, K] matrix."""
+    rows, columns = weight.shape
+    device = weight.device.index
+    dense = torch.empty(rows, columns, dtype=weight.dtype, device=weight.device)
+    strips, words, tiles = grid(rows, columns, weight.tile_words)
+    column_bytes = _column_bytes(weight)
+    params = _UnpackParams(
+        *_pointers(weight), dense.data_ptr(), rows, columns, words, tiles, strips * tiles, column_bytes
+    )
+    defines = (("BF16", _is_bf16(weight)), ("TILE_WORDS", weight.tile_words))
+    kernel = launch.get("unpack.cu", "unpack", defines, launch.architecture(device))
+    shared = _UNPACK_WARPS * column_bytes
+    per_processor = max(1, min(8, device_properties(device).shared_memory // (shared + 1024)))
+    blocks = min(-(-strips * tiles // _UNPACK_WARPS), per_processor * device_properties(device).multiprocessors)
+    kernel.launch(params, blocks, _UNPACK_WARPS * LANES, shared, device)
+    return dense
+
+
+def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> None:
+    """y [n, M] = x [n, K] W^T + bias for n up to MAX_N."""
+    rows, columns = weight.shape
+    device = weight.device.index
+    strips, words, tiles = grid(rows, columns, weight.tile_words)
+    packets = weight.values.numel() // PACKET_VALUES
+    chosen = spmm_plan_cached(
+        device, rows, columns, packets, weight.max_packets, weight.tile_words, x.shape[0], bool(_is_bf16(weight))
+    )
+    partial = torch.empty(chosen.partial_floats, dtype=torch.float32, device=x.device)
+    arrivals = _arrivals(device, chosen.row_blocks)
+    params = _SpmmParams(
+        *_pointers(weight),
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        partial.data_ptr(),
+        arrivals.data_ptr(),
+        x.stride(0),
+        *(rows, columns, x.shape[0], strips, words, tiles, chosen.units, chosen.column_bytes),
+    )
+    kernel = launch.get(chosen.source, "spmm", chosen.defines, launch.architecture(device))
+    argument: ctypes.Structure = params
+    if chosen.source == "spmm_sm90.cu":
+        argument = _HopperParams(_x_map(x, dict(chosen.defines)["N_BLOCKS"] * 8), params)
+    kernel.launch(argument, chosen.blocks, chosen.threads, chosen.shared, device, overlap=True)
+
+
+def _x_map(x: Tensor, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
+    """The copy engine's description of x [n, K]: boxes of ``box_rows`` rows and 64 columns, zeros outside of x."""
+    cu = launch.driver()
+    kind = cu.CUtensorMapDataType
+    pitch = max(x.stride(0), -(-x.shape[1] // 8) * 8) * x.element_size()
+    status, tensor_map = cu.cuTensorMapEncodeTiled(
+        kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if x.dtype == torch.bfloat16 else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        2,
+        x.data_ptr(),
+        [cu.cuuint64_t(x.shape[1]), cu.cuuint64_t(x.shape[0])],
+        [cu.cuuint64_t(pitch)],
+        [cu.cuuint32_t(WORD_COLUMNS), cu.cuuint32_t(box_rows)],
+        [cu.cuuint32_t(1), cu.cuuint32_t(1)],
+        cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        cu.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
+        cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    launch.check(status, f"describing x of shape {tuple(x.shape)} and strides {x.stride()}")
+    return (ctypes.c_uint64 * 16).from_buffer_copy(ctypes.string_at(tensor_map.getPtr(), 128))
+
+
+@functools.lru_cache(maxsize=4096)
+def spmm_plan_cached(
+    device: int, rows: int, columns: int, packets: int, max_packets: int, tile_words: int, n: int, bf16: bool
+) -> plan.SpmmPlan:
+    return plan.spmm_plan(device_properties(device), rows, columns, packets, max_packets, tile_words, n, bf16)
+
+
+_counters: dict[tuple[int, int, int], Tensor] = {}
+
+
+def _arrivals(device: int, count: int) -> Tensor:
+    """Counters that are zero whenever no kernel of this stream runs: each kernel leaves them as it found them.
+
+    One set for each stream, since kernels of different streams run at the same time. A captured graph may be replayed
+    beside anything, so each capture gets its own set, which the graph itself zeroes at its start.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream
+    capture = _capture_id(stream)
+    key = (device, stream, capture)
+    found = _counters.get(key)
+    if found is None or found.numel() < count:
+        for old in [k for k in _counters if k[:2] == key[:2] and k[2] not in (0, capture)]:
+            del _counters[old]  # captures that have ended; their graphs keep the memory
+        found = torch.zeros(max(count, 4096), dtype=torch.int32, device=f"cuda:{device}")
+        _counters[key] = found
+    return found
+
+
+def _capture_id(stream: int) -> int:
+    """The number of the capture that the stream is in, 0 for none."""
+    if not torch.cuda.is_current_stream_capturing():
+        return 0
+    cu = launch.driver()
+    result = cu.cuStreamGetCaptureInfo(stream)
+    launch.check(result[0], "asking for the stream's capture")
+    return int(result[2])
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x [n, K], or a copy of it that the kernel can read in aligned pieces of 8 elements within a row."""
+    n, columns = x.shape
+    aligned = x.data_ptr() % 16 == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and columns % 8 == 0
+    if aligned or n == 0:
+        return x
+    return torch.nn.functional.pad(x, (0, -columns % 8)) if columns % 8 else x.contiguous().clone()
+
+
+def _pointers(weight: PackedWeight) -> tuple[int, int, int]:
+    return weight.bitmap.data_ptr(), weight.values.data_ptr(), weight.offsets.data_ptr()
+
+
+def _column_bytes(weight: PackedWeight) -> int:
+    return (PACKET_VALUES * max(weight.max_packets, 1) + 1) * 4 * LANES
+
+
+def _is_bf16(weight: PackedWeight) -> int:
+    return int(weight.dtype == torch.bfloat16)

@@ -1,0 +1,96 @@
+"""Loading compiled kernels and launching them on torch's current stream."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flash_llm.errors import KernelError
+from flash_llm.kernels import build
+
+_PROGRAMMATIC = 1
+
+
+@functools.cache
+def driver() -> Any:
+    """``cuda.bindings.driver``, or a KernelError that says how to get it."""
+    build.compiler_version()
+    from cuda.bindings import driver as bindings
+
+    return bindings
+
+
+def check(status: Any, what: str) -> None:
+    """Raises KernelError with the driver's own name and words for an error."""
+    if int(status) == 0:
+        return
+    cu = driver()
+    name, words = cu.cuGetErrorName(status)[1], cu.cuGetErrorString(status)[1]
+    raise KernelError(f"{what} failed: {(name or b'?').decode()} ({(words or b'?').decode()})")
+
+
+@functools.cache
+def architecture(device: int) -> str:
+    """The compiler's name of a device's architecture, with the features of that very chip: "sm_90a"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0):
+        raise KernelError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; kernels need 8.0 or newer"
+        )
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+class Kernel:
+    """One compiled kernel, on every device of its architecture. Use :func:`get`."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        cu = driver()
+        status, self._library = cu.cuLibraryLoadData(path.read_bytes(), [], [], 0, [], [], 0)
+        check(status, f"loading {path.name}")
+        status, self._kernel = cu.cuLibraryGetKernel(self._library, name.encode())
+        check(status, f"finding {name} in {path.name}")
+        self._function = cu.CUfunction(init_value=int(self._kernel))
+        self._name = name
+        self._shared: dict[int, int] = {}
+
+    def launch(
+        self, params: ctypes.Structure, blocks: int, threads: int, shared: int, device: int, overlap: bool = False
+    ) -> None:
+        """Launches on torch's current stream of ``device``.
+
+        Args:
+            params: the kernel's one argument.
+            shared: bytes of dynamic shared memory.
+            overlap: may start before the kernel before it has ended (the kernel itself waits where it must).
+        """
+        cu = driver()
+        if shared > self._shared.get(device, 0):
+            attribute = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(
+                cu.cuKernelSetAttribute(attribute, shared, self._kernel, device)[0], f"giving {self._name} {shared} B"
+            )
+            self._shared[device] = shared
+        config = cu.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared
+        config.hStream = torch.cuda.current_stream(device).cuda_stream
+        if overlap:
+            attribute = cu.CUlaunchAttribute()
+            attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = _PROGRAMMATIC
+            config.attrs, config.numAttrs = [attribute], 1
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        with torch.cuda.device(device):
+            status = cu.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0)[0]
+        check(status, f"launching {self._name} with {blocks} x {threads} threads and {shared} B of shared memory")
+
+
+@functools.cache
+def get(source: str, name: str, defines: tuple[tuple[str, int], ...], arch: str) -> Kernel:
+    """The kernel ``name`` of ``csrc/<source>``, compiled if need be and loaded once a process."""
+    return Kernel(build.compile_kernel(source, defines, arch), name)
