@@ -22,7 +22,8 @@ from flash_llm.tensor.layout import VALUE_DTYPES
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias with a packed W.
 
-    Accumulates in float32. Differentiable with respect to x and bias.
+    Accumulates in float32. From ``kernels.plan.UNPACK_FROM`` rows of x on the weight is expanded and torch multiplies,
+    with its own settings for that. Differentiable with respect to x and bias.
 
     Args:
         x: [..., K], of the weight's dtype and on its device.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +17,16 @@ pytestmark = pytest.mark.gpu
 
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SIZES = (1, 16, 63, 64, 100, 192, 576, 1000, 1536, 4096, 11008)
+
+
+@pytest.fixture(autouse=True)
+def dense_products_in_float32() -> Iterator[None]:
+    """From 257 rows of x on cuBLAS multiplies, and by torch's default it may add up in 16 bits where it splits K."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_fp16_reduced_precision_reduction, settings.allow_bf16_reduced_precision_reduction
+    settings.allow_fp16_reduced_precision_reduction = settings.allow_bf16_reduced_precision_reduction = False
+    yield
+    settings.allow_fp16_reduced_precision_reduction, settings.allow_bf16_reduced_precision_reduction = before
 
 
 def on_gpu(rows: int, columns: int, sparsity: float, dtype: torch.dtype, seed: int, pattern: str = "even") -> Tensor:

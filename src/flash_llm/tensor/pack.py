@@ -26,7 +26,7 @@ from flash_llm.tensor.layout import (
 )
 
 _STEPS = WORD_BITS // 4
-_CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
+_CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True)
