@@ -1,84 +1,136 @@
-"""Every kernel compiles for every target without a GPU, and none of them spills registers or uses local memory."""
+"""Compiling and keeping kernels: racing processes, folders that can't be written to, and a missing compiler."""
 
 from __future__ import annotations
 
-import re
-import subprocess
+import os
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
-from flash_llm.errors import KernelError
-from flash_llm.kernels import build, plan
-from flash_llm.tensor.layout import LANE_CAPACITY, PACKET_VALUES, TILE_WORDS, grid
+from flash_llm import KernelError
+from flash_llm.kernels import build
 
-pytest.importorskip("cuda.core", reason="kernels are compiled by cuda-core, an optional dependency")
+pytest.importorskip("cuda.core", reason="cuda-core isn't installed: pip install 'flash-llm[cuda]'")
+pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings isn't installed: pip install 'flash-llm[cuda]'")
 
-DEVICES = {
-    "sm_80": plan.Device((8, 0), 108, 166912),
-    "sm_86": plan.Device((8, 6), 84, 101376),
-    "sm_89": plan.Device((8, 9), 128, 101376),
-    "sm_90a": plan.Device((9, 0), 132, 232448),
-    "sm_100a": plan.Device((10, 0), 148, 232448),
-    "sm_120a": plan.Device((12, 0), 170, 101376),
-}
-CASES = [("sm_90a", tile_words, n) for tile_words in TILE_WORDS for n in (8, 16, 32, 64)]
-CASES += [(arch, *case) for arch in DEVICES if arch != "sm_90a" for case in ((3, 64), (8, 8), (16, 16))]
+UNPACK = ("unpack.cu", (("BF16", 0), ("TILE_WORDS", 1)), "sm_80")
 
 
-def planned(arch: str, tile_words: int, n: int, bf16: bool) -> plan.SpmmPlan:
-    """The plan for a large matrix whose lanes' tiles are about two thirds full."""
-    rows, columns = 7168, 7168
-    mean = min(60, 30 * tile_words)
-    strips, _, tiles = grid(rows, columns, tile_words)
-    packets = strips * tiles * 32 * (mean + 3.5) / PACKET_VALUES
-    most = min(LANE_CAPACITY, 32 * tile_words) // PACKET_VALUES
-    return plan.spmm_plan(DEVICES[arch], rows, columns, int(packets), most, tile_words, n, bf16)
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FLASH_LLM_CACHE_DIR", str(tmp_path / "a" / "cache"))
+    return tmp_path / "a" / "cache"
 
 
-def assert_fits_registers(log: str) -> None:
-    assert re.findall(r"(\d+) bytes stack frame", log) == ["0"], log
-    assert re.findall(r"(\d+) bytes spill stores", log) == ["0"], log
+@pytest.fixture
+def fresh(cache: Path) -> Iterator[None]:
+    """Without what was found out about the compiler in this process, before and after."""
+    found = (build.compiler_version, build._compiler, build._digest)
+    for function in found:
+        function.cache_clear()
+    yield
+    for function in found:
+        function.cache_clear()
 
 
-@pytest.mark.parametrize(("arch", "tile_words", "n"), CASES)
-def test_the_sparse_kernel_compiles(arch: str, tile_words: int, n: int) -> None:
-    chosen = planned(arch, tile_words, n, bf16=(tile_words + n // 8) % 2 == 0)
-    assert chosen.shared <= DEVICES[arch].shared_memory
-    assert_fits_registers(build.compile_cubin(chosen.source, chosen.defines, arch)[1])
+def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("FLASH_LLM_CACHE_DIR", raising=False)
+    assert build.cache_dir() == tmp_path / "xdg" / "flash-llm" / "kernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert build.cache_dir() == Path.home() / ".cache" / "flash-llm" / "kernels"
+    monkeypatch.setenv("FLASH_LLM_CACHE_DIR", "~/kernels")
+    assert build.cache_dir() == Path.home() / "kernels"
 
 
-@pytest.mark.parametrize("arch", DEVICES)
-def test_unpacking_compiles(arch: str) -> None:
-    for tile_words in (1, 16):
-        defines = (("BF16", tile_words % 2), ("TILE_WORDS", tile_words))
-        assert_fits_registers(build.compile_cubin("unpack.cu", defines, arch)[1])
+def test_a_kernel_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build.compile_kernel(*UNPACK)
+    assert path.parent == cache
+    assert path.read_bytes()[:4] == b"\x7fELF"
+    monkeypatch.setattr(build, "compile_cubin", lambda *_: pytest.fail("compiled again"))
+    assert build.compile_kernel(*UNPACK) == path
+    assert os.listdir(cache) == [path.name]
 
 
-def test_processes_that_race_leave_one_whole_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLASH_LLM_CACHE_DIR", str(tmp_path))
-    defines = (("BF16", 0), ("TILE_WORDS", 2))
-    code = f"from flash_llm.kernels import build; build.compile_kernel('unpack.cu', {defines!r}, 'sm_80')"
-    racing = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
-    assert [process.wait() for process in racing] == [0, 0]
-    assert [path.name for path in tmp_path.iterdir()] == [build.compile_kernel("unpack.cu", defines, "sm_80").name]
+def test_a_binary_is_of_one_source_one_configuration_one_architecture_and_one_compiler(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = {build._digest.__wrapped__(*UNPACK)}
+    names.add(build._digest.__wrapped__("spmm_sm80.cu", *UNPACK[1:]))
+    names.add(build._digest.__wrapped__(UNPACK[0], (("BF16", 1), ("TILE_WORDS", 1)), "sm_80"))
+    names.add(build._digest.__wrapped__(*UNPACK[:2], "sm_86"))
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    for path in build.source_dir().glob("*.cu*"):  # a change of any file, since one includes another
+        (sources / path.name).write_bytes(path.read_bytes() + (b"\n" if path.name == "ptx.cuh" else b""))
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "source_dir", lambda: sources)
+        names.add(build._digest.__wrapped__(*UNPACK))
+    monkeypatch.setattr(build, "compiler_version", lambda: "0.1")
+    names.add(build._digest.__wrapped__(*UNPACK))
+    assert len(names) == 6
 
 
-def test_a_folder_that_cant_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
+def test_racing_processes_leave_one_whole_binary(cache: Path) -> None:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        paths = list(processes.map(build.compile_kernel, *zip(UNPACK, UNPACK, strict=True)))
+    assert paths[0] == paths[1]
+    assert os.listdir(cache) == [paths[0].name]
+    assert paths[0].read_bytes() == build.compile_cubin(*UNPACK)[0]
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_in_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FLASH_LLM_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    with pytest.raises(KernelError, match="FLASH_LLM_CACHE_DIR"):
-        build.compile_kernel("unpack.cu", (("BF16", 0), ("TILE_WORDS", 1)), "sm_80")
+    with pytest.raises(KernelError, match=r"can't be kept in .*file.cache.*Set FLASH_LLM_CACHE_DIR"):
+        build.compile_kernel(*UNPACK)
 
 
-def test_a_missing_compiler_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    build.compiler_version.cache_clear()
-    with pytest.raises(KernelError, match=r"pip install 'flash-llm\[cuda\]'"):
-        build.compiler_version()
+@pytest.mark.xfail(strict=False, reason="the temporary file stays behind when its renaming fails")
+def test_a_failed_write_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(KernelError, match="No space left"):
+        build.compile_kernel(*UNPACK)
+    assert os.listdir(cache) == []
 
 
-def test_an_unknown_setting_is_the_compilers_error() -> None:
-    with pytest.raises(KernelError, match="can't be compiled"):
-        build.compile_cubin("unpack.cu", (("BF16", 0),), "sm_80")
+@pytest.mark.parametrize(
+    ("modules", "what"), [(["cuda.bindings"], "cuda-bindings"), (["cuda.core", "cuda.core.experimental"], "cuda-core")]
+)
+@pytest.mark.usefixtures("fresh")
+def test_a_missing_compiler_is_an_error_in_words(
+    modules: list[str], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
+    with pytest.raises(KernelError, match=rf"{what} is needed.*pip install 'flash-llm\[cuda\]'"):
+        build.compile_kernel(*UNPACK)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_missing_nvrtc_library_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import nvrtc
+
+    def missing() -> None:
+        raise RuntimeError("libnvrtc.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", missing)
+    with pytest.raises(KernelError, match=r"NVRTC is needed.*libnvrtc.so.13.*pip install 'flash-llm\[cuda\]'"):
+        build.compile_kernel(*UNPACK)
+
+
+@pytest.mark.usefixtures("cache")
+def test_what_the_compiler_says_is_passed_on() -> None:
+    with pytest.raises(KernelError, match=r"(?s)unpack.cu can't be compiled for sm_80 with .*TILE_WORDS"):
+        build.compile_kernel("unpack.cu", (("BF16", 0),), "sm_80")
+    with pytest.raises(KernelError, match="can't be compiled for sm_1"):
+        build.compile_kernel("unpack.cu", UNPACK[1], "sm_1")

@@ -1,55 +1,101 @@
-"""The plan is a pure function, and what it plans fits the device."""
+"""Plans: pure arithmetic, and within what each GPU has, whatever the weight."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_llm.kernels import plan
-from flash_llm.tensor.layout import LANE_CAPACITY, PACKET_VALUES, TILE_WORDS, ceil_div, grid
+from flash_llm.tensor.layout import LANE_CAPACITY, LANES, PACKET_VALUES, TILE_WORDS, grid
 
-DEVICES = [
-    plan.Device((8, 0), 108, 166912),
-    plan.Device((8, 9), 128, 101376),
-    plan.Device((9, 0), 132, 232448),
-    plan.Device((12, 0), 170, 101376),
-]
+DEVICES = {
+    "A100": plan.Device((8, 0), 108, 166912),
+    "A10": plan.Device((8, 6), 72, 101376),
+    "L40S": plan.Device((8, 9), 142, 101376),
+    "H100": plan.Device((9, 0), 132, 232448),
+    "B200": plan.Device((10, 0), 148, 232448),
+    "RTX 5090": plan.Device((12, 0), 170, 101376),
+}
+MOST = LANE_CAPACITY // PACKET_VALUES
 
 
-@given(
-    device=st.sampled_from(DEVICES),
-    rows=st.integers(1, 60000),
-    columns=st.integers(1, 60000),
-    tile_words=st.sampled_from(TILE_WORDS),
-    fill=st.floats(0, 1),
-    n=st.integers(1, plan.MAX_N),
-)
-def test_it_fits_the_device(device: plan.Device, rows: int, columns: int, tile_words: int, fill: float, n: int) -> None:
+@st.composite
+def weights(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
+    """(rows, columns, packets, max_packets, tile_words) as some packed weight has them."""
+    rows, columns = draw(st.integers(1, 60_000)), draw(st.integers(1, 60_000))
+    tile_words = draw(st.sampled_from(TILE_WORDS))
+    max_packets = draw(st.integers(0, min(MOST, 4 * tile_words)))
     strips, _, tiles = grid(rows, columns, tile_words)
-    most = int(fill * min(LANE_CAPACITY, 32 * tile_words)) // PACKET_VALUES
-    packets = strips * tiles * 32 * most
-    chosen = plan.spmm_plan(device, rows, columns, packets, most, tile_words, n, bf16=False)
+    share = draw(st.floats(0, 1))
+    packets = max(int(share * max_packets * strips * tiles * LANES), max_packets)
+    return rows, columns, packets, max_packets, tile_words
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(sorted(DEVICES)), weights(), st.integers(1, plan.MAX_N), st.booleans())
+def test_a_plan_fits_the_device_and_covers_the_matrix(
+    name: str, weight: tuple[int, int, int, int, int], n: int, bf16: bool
+) -> None:
+    device, (rows, columns, _, max_packets, tile_words) = DEVICES[name], weight
+    chosen = plan.spmm_plan(device, *weight, n, bf16)
+    assert chosen == plan.spmm_plan(device, *weight, n, bf16)
     defines = dict(chosen.defines)
-    assert chosen.shared + 64 <= device.shared_memory
-    assert chosen.threads <= 1024
-    assert defines["WARPS"] % 4 == 0
-    assert chosen.row_blocks == ceil_div(strips, defines["WARPS"])
+    warps, n_blocks = defines["WARPS"], defines["N_BLOCKS"]
+    strips, words, tiles = grid(rows, columns, tile_words)
+
+    assert warps % 4 == 0
+    assert LANES * warps <= chosen.threads <= 1024
+    assert chosen.threads % (4 * LANES) == 0
+    assert chosen.shared + plan._STATIC_BYTES <= device.shared_memory
+
+    assert (chosen.row_blocks - 1) * warps < strips <= chosen.row_blocks * warps
     assert chosen.units == chosen.row_blocks * tiles
-    assert 1 <= chosen.blocks <= min(device.multiprocessors, chosen.units)
-    assert 8 * defines["N_BLOCKS"] >= n
-    assert 1 <= defines["LIKELY_FULL"] <= defines["PACKETS_AHEAD"] <= max(1, most)
+    assert 1 <= chosen.blocks <= min(chosen.units, device.multiprocessors)
+    assert 8 * n_blocks >= n
+    assert n_blocks == 1 or 8 * n_blocks < 2 * n + 8, "no more blocks of n than are needed, in powers of two"
+
+    assert defines["TILE_WORDS"] == tile_words
+    assert 1 <= defines["CHUNK_WORDS"] <= tile_words
+    assert defines["RAGGED"] == (words % tile_words != 0)
+    assert defines["BF16"] == bf16
+    assert 1 <= defines["LIKELY_FULL"] <= defines["PACKETS_AHEAD"] <= max(max_packets, 1)
+    # A lane's column: all its packets and one word more, in every lane's own bank.
+    assert chosen.column_bytes == (PACKET_VALUES * max(max_packets, 1) + 1) * 4 * LANES
+    assert chosen.partial_floats == 2 * chosen.blocks * n_blocks * 4 * warps * LANES
+    assert (chosen.source == "spmm_sm90.cu") == (device.capability == (9, 0))
 
 
-@pytest.mark.parametrize("n", [0, plan.MAX_N + 1])
-def test_more_rows_than_a_launch_takes_are_refused(n: int) -> None:
-    with pytest.raises(ValueError, match=f"n={n}"):
-        plan.spmm_plan(DEVICES[0], 64, 64, 1, 1, 1, n, bf16=False)
+@settings(deadline=None, max_examples=100)
+@given(st.sampled_from(sorted(DEVICES)), weights(), st.integers(1, plan.MAX_N), st.floats(0, 1))
+def test_every_unit_has_one_block_and_every_block_knows_which(
+    name: str, weight: tuple[int, int, int, int, int], n: int, place: float
+) -> None:
+    """The kernel's own arithmetic: where a block's units begin, and which block has a unit."""
+    chosen = plan.spmm_plan(DEVICES[name], *weight, n, False)
+    edges = [chosen.units * block // chosen.blocks for block in range(chosen.blocks + 1)]
+    assert (edges[0], edges[-1]) == (0, chosen.units)
+    assert all(begin < end for begin, end in pairwise(edges)), "every block has work"
+    unit = min(int(place * chosen.units), chosen.units - 1)
+    block = ((unit + 1) * chosen.blocks - 1) // chosen.units
+    assert edges[block] <= unit < edges[block + 1]
 
 
-@pytest.mark.parametrize("warps", [4, 8, 12, 16])
-def test_registers_asked_for_are_there(warps: int) -> None:
-    """A block that asks for more than it began with waits for ever."""
-    threads = (warps + plan.FETCH_WARPS) * 32
-    began_with = min(255, 65536 // threads) // 8 * 8 * threads
-    assert warps * 32 * plan.multiplying_registers(warps) + plan.FETCH_WARPS * 32 * 24 <= began_with
+@pytest.mark.parametrize("n", [0, -1, plan.MAX_N + 1, 10_000])
+def test_more_rows_of_x_than_a_launch_takes_are_refused(n: int) -> None:
+    with pytest.raises(ValueError, match=rf"n={n}.*1 to {plan.MAX_N}"):
+        plan.spmm_plan(DEVICES["H100"], 128, 128, 64, 2, 2, n, False)
+
+
+@pytest.mark.parametrize("warps", [8, 12, 16])
+def test_registers_of_the_hopper_kernel_add_up(warps: int) -> None:
+    """Multiplying and fetching warps together take no more than the block begins with, in the steps that PTX knows."""
+    threads = (warps + plan.FETCH_WARPS) * LANES
+    begins_with = min(255, 65536 // threads) // 8 * 8
+    registers = plan.multiplying_registers(warps)
+    fetching = plan.FETCH_WARPS * LANES * plan._FETCH_REGISTERS
+    assert registers % 8 == 0
+    assert begins_with <= registers <= 240
+    assert registers * warps * LANES + fetching <= begins_with * threads

@@ -1,0 +1,103 @@
+"""Every kernel compiles for every architecture, and no thread's registers overflow to memory. No GPU is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+
+import pytest
+
+from flash_llm.kernels import build, plan
+from flash_llm.tensor.layout import LANE_CAPACITY, LANES, PACKET_VALUES, TILE_WORDS, WORD_BITS
+
+pytest.importorskip("cuda.core", reason="cuda-core isn't installed: pip install 'flash-llm[cuda]'")
+pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings isn't installed: pip install 'flash-llm[cuda]'")
+
+Configuration = tuple[str, tuple[tuple[str, int], ...], str]
+
+DEVICES = {
+    "sm_80": plan.Device((8, 0), 108, 166912),
+    "sm_86": plan.Device((8, 6), 84, 101376),
+    "sm_89": plan.Device((8, 9), 142, 101376),
+    "sm_90a": plan.Device((9, 0), 132, 232448),
+    "sm_100a": plan.Device((10, 0), 148, 232448),
+    "sm_120a": plan.Device((12, 0), 170, 101376),
+}
+ROWS = COLUMNS = 7168
+
+
+def unpack(arch: str, tile_words: int, bf16: bool = False) -> Configuration:
+    return "unpack.cu", (("BF16", int(bf16)), ("TILE_WORDS", tile_words)), arch
+
+
+def spmm(arch: str, tile_words: int, n: int, bf16: bool = False, columns: int = COLUMNS) -> Configuration:
+    """As it is planned for the sparsity at which that tile size is chosen: with full tiles of fullest lanes."""
+    words, strips = -(-columns // 64), -(-ROWS // 16)
+    nonzeros = min(WORD_BITS * tile_words, LANE_CAPACITY - 20)  # a lane's mean; the fullest lanes have some 20 more
+    most = min(-(-(nonzeros + 20) // PACKET_VALUES), LANE_CAPACITY // PACKET_VALUES, 4 * tile_words)
+    packets = int(strips * -(-words // tile_words) * LANES * (nonzeros / PACKET_VALUES + 0.5))
+    chosen = plan.spmm_plan(DEVICES[arch], ROWS, columns, packets, most, tile_words, n, bf16)
+    return chosen.source, chosen.defines, arch
+
+
+QUICK = [
+    *(spmm("sm_90a", tile_words, n) for tile_words, n in product((1, 3, 5, 7, 10, 16), (8, 64))),
+    *(spmm("sm_90a", tile_words, n, bf16=True) for tile_words, n in ((6, 16), (8, 32))),
+    *(spmm("sm_80", tile_words, n) for tile_words, n in product((1, 5, 16), (8, 64))),
+    spmm("sm_80", 7, 32, bf16=True),
+    *(spmm(arch, 5, 16, columns=7040) for arch in DEVICES if arch != "sm_80"),  # 110 words: whole tiles of 5
+    *(unpack(arch, 5) for arch in DEVICES),
+    *(unpack("sm_90a", tile_words, bf16=True) for tile_words in (1, 16)),
+]
+
+
+def name(configuration: Configuration) -> str:
+    source, defines, arch = configuration
+    shown = {"TILE_WORDS": "tile", "N_BLOCKS": "blocks", "BF16": "bf16", "RAGGED": "ragged", "WARPS": "warps"}
+    return "-".join([source.removesuffix(".cu"), arch, *(f"{shown[k]}{v}" for k, v in defines if k in shown)])
+
+
+def compile_log(configuration: Configuration) -> str:
+    binary, log = build.compile_cubin(*configuration)
+    assert binary[:4] == b"\x7fELF"
+    return log
+
+
+@pytest.fixture(scope="module")
+def log_of(request: pytest.FixtureRequest) -> Iterator[Callable[[Configuration], str]]:
+    """What the compiler says of a configuration. All that were selected are compiled side by side from the start."""
+    items = [item for item in request.session.items if item.module is request.module]  # type: ignore[attr-defined]
+    calls = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    wanted = {call["configuration"] for call in calls if "configuration" in call}
+    with ProcessPoolExecutor(os.cpu_count() or 2, mp_context=get_context("spawn")) as processes:
+        logs: dict[Configuration, Future[str]] = {c: processes.submit(compile_log, c) for c in wanted}
+        yield lambda configuration: logs[configuration].result()
+        processes.shutdown(cancel_futures=True)
+
+
+def check(log: str) -> None:
+    """That every kernel keeps all in registers."""
+    assert "Compiling entry function" in log
+    for kind in ("stack frame", "spill stores", "spill loads"):
+        assert set(re.findall(rf"(\d+) bytes {kind}", log)) == {"0"}, log
+    assert not re.search(r"bytes lmem|warning", log), log
+
+
+@pytest.mark.parametrize("configuration", QUICK, ids=map(name, QUICK))
+def test_it_compiles_and_nothing_spills(configuration: Configuration, log_of: Callable[[Configuration], str]) -> None:
+    check(log_of(configuration))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("FLASH_LLM_ALL_KERNELS" not in os.environ, reason="many minutes: set FLASH_LLM_ALL_KERNELS=1")
+@pytest.mark.parametrize("arch", DEVICES)
+def test_every_kernel_compiles_and_nothing_spills(arch: str) -> None:
+    every = [unpack(arch, tile_words, bf16) for tile_words, bf16 in product(TILE_WORDS, (False, True))]
+    every += [spmm(arch, *rest) for rest in product(TILE_WORDS, (8, 16, 32, 64), (False, True))]
+    with ProcessPoolExecutor(os.cpu_count() or 2, mp_context=get_context("spawn")) as processes:
+        for log in processes.map(compile_log, every):
+            check(log)
