@@ -11,7 +11,13 @@ PATTERNS = ("even", "rows", "columns", "one tile")
 
 
 def sparse(
-    rows: int, columns: int, sparsity: float, dtype: torch.dtype = torch.float16, seed: int = 0, pattern: str = "even"
+    rows: int,
+    columns: int,
+    sparsity: float,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+    pattern: str = "even",
+    device: str = "cpu",
 ) -> Tensor:
     """A normal [rows, columns] matrix with about ``sparsity`` zeros.
 
@@ -19,9 +25,9 @@ def sparse(
         pattern: where the nonzeros are: everywhere alike; every fourth row dense and the others sparser; the same by
             columns; or all in the first 16 x 512 elements.
     """
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator)
-    keep = torch.rand(rows, columns, generator=generator) >= sparsity
+    generator = torch.Generator(device).manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator, device=device)
+    keep = torch.rand(rows, columns, generator=generator, device=device) >= sparsity
     if pattern == "rows":
         keep[::4] = True
     elif pattern == "columns":

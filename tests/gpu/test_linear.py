@@ -1,0 +1,159 @@
+"""Multiplying on the GPU, element by element, against float64: every shape, sparsity, layout of x and kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+import flash_llm
+from flash_llm import PackedWeight
+from flash_llm.kernels import cuda, plan
+from gpu_cases import BIASES, X_LAYOUTS, Case, compile_all, random_cases, stand_in
+from sparse_matrices import DTYPES, sparse
+
+pytestmark = pytest.mark.gpu
+
+KERNELS = ("native", "sm_80")
+EDGES = [
+    *((rows, columns, 16) for rows in (1, 63, 576, 11008) for columns in (1, 63, 576, 11008)),
+    *((576, 1536, n) for n in (1, 8, 9, 64, 65, 256, 257, 300)),
+]
+CASES = [
+    *(Case("native", *shape, 0.7, torch.float16, "even", "plain", "plain", 0) for shape in EDGES),
+    *(
+        Case(kernel, 576, columns, 12, 0.6, torch.float16, "even", x_layout, "none", 1)
+        for kernel, x_layout, columns in product(KERNELS, X_LAYOUTS, (576, 579))
+    ),
+    *(
+        Case(kernel, 99, 576, 5, 0.6, torch.bfloat16, "even", "plain", bias, 2)
+        for kernel, bias in product(KERNELS, BIASES)
+    ),
+    *random_cases(260, "native"),
+    *random_cases(90, "sm_80", seed=1),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels(request: pytest.FixtureRequest) -> None:
+    """All kernels that the selected cases need, compiled side by side."""
+    items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    calls = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    compile_all({call["case"] for call in calls if "case" in call})
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Dense products add up in float32, as ours do; and the plans are for the kernel that the case names."""
+    for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cuda.matmul, name, False)
+    yield
+    cuda.spmm_plan_cached.cache_clear()
+
+
+def use(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = stand_in(kernel)
+    monkeypatch.setattr(cuda, "device_properties", lambda _: device)
+    cuda.spmm_plan_cached.cache_clear()
+
+
+def exact(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.double() @ dense.double().T
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_element_is_within_rounding(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """|y - ref| <= u |ref| + 2 K u32 |x| |w|^T: one rounding at the end, and K float32 additions, truncated."""
+    use(case.kernel, monkeypatch)
+    dense, x, bias = case.weight(), case.x(), case.bias_vector()
+    y = flash_llm.linear(x, PackedWeight.from_dense(dense), bias)
+    assert y.shape == (case.n, case.rows)
+    assert y.dtype == case.dtype
+    expected = exact(x, dense, bias)
+    magnitude = exact(x.abs(), dense.abs(), None if bias is None else bias.abs())
+    info, info32 = torch.finfo(case.dtype), torch.finfo(torch.float32)
+    bound = info.eps * expected.abs() + info32.eps * (case.columns + 2) * magnitude + info.smallest_normal * info.eps
+    error = (y.double() - expected).abs()
+    worst = int((error - bound).argmax()) if error.numel() else 0
+    row, column = divmod(worst, case.rows)
+    assert bool((error <= bound).all()), f"y[{row}, {column}] is {y[row, column]}, not {expected[row, column]}"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.n < plan.UNPACK_FROM], ids=str)
+def test_whole_numbers_are_exact(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of small whole numbers are exact in any order: an element that is lost or taken twice shows at any K."""
+    use(case.kernel, monkeypatch)
+    dense, x, bias = case.whole_weight(), case.x(whole=True), case.bias_vector(whole=True)
+    y = flash_llm.linear(x, PackedWeight.from_dense(dense), bias)
+    expected = exact(x, dense, bias).float().to(case.dtype)
+    wrong = (y != expected).nonzero()
+    assert not len(wrong), f"{len(wrong)} of {y.numel()} are wrong, first {wrong[0].tolist()}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_not_a_number_and_infinity_stay_where_they_belong(
+    kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(kernel, monkeypatch)
+    dense = sparse(100, 200, 0.6, dtype, device="cuda")
+    dense[3, 7], dense[50, 199], dense[99, 0] = float("nan"), float("inf"), float("-inf")
+    x = torch.randn(5, 200, device="cuda").to(dtype)
+    for columns in (200, 197):
+        y = flash_llm.linear(x[:, :columns], PackedWeight.from_dense(dense[:, :columns]))
+        expected = exact(x[:, :columns], dense[:, :columns], None)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.isinf(), expected.isinf())
+    x[2, 5] = float("inf")  # times a zero, dropped or not, it is not a number
+    expected = exact(x, dense, None)
+    y = flash_llm.linear(x, PackedWeight.from_dense(dense))
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y[expected.isinf()].double(), expected[expected.isinf()])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3), (2, 0, 3), (5, 4, 30)], ids=str)
+def test_x_has_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    dense = sparse(99, 136, 0.6, device="cuda")
+    x = torch.randn(*shape, 136, device="cuda").half()
+    y = flash_llm.linear(x, PackedWeight.from_dense(dense))
+    assert y.shape == (*shape, 99)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, dense), rtol=2e-3, atol=2e-2)
+
+
+def test_the_counters_are_zero_after_every_kernel() -> None:
+    """Row blocks that are shared by several blocks of threads are counted, and the last one clears the count."""
+    weight = PackedWeight.from_dense(sparse(2048, 4096, 0.7, device="cuda"))
+    for n in (1, 16, 64, 200):
+        flash_llm.linear(torch.randn(n, 4096, device="cuda").half(), weight)
+    torch.cuda.synchronize()
+    eager = [counters for (_, _, capture), counters in cuda._counters.items() if capture == 0]
+    assert eager
+    assert not any(bool(counters.any()) for counters in eager)
+
+
+def test_what_does_not_fit_is_refused_in_words() -> None:
+    weight = PackedWeight.from_dense(sparse(64, 64, 0.5, device="cuda"))
+    x = torch.ones(2, 64, dtype=torch.float16)
+    with pytest.raises(ValueError, match="x is on cpu but the weight is on cuda:0"):
+        flash_llm.linear(x, weight)
+    with pytest.raises(ValueError, match="bias is on cpu"):
+        flash_llm.linear(x.cuda(), weight, torch.ones(64).half())
+    with pytest.raises(TypeError, match="x is torch.float32"):  # noqa: RUF043
+        flash_llm.linear(x.cuda().float(), weight)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
+def test_a_weight_on_the_second_gpu() -> None:
+    dense = sparse(300, 400, 0.7)
+    x = torch.randn(9, 400).half()
+    weight = PackedWeight.from_dense(dense)
+    first = flash_llm.linear(x.to("cuda:0"), weight.to("cuda:0"))
+    with torch.cuda.device(0):
+        second = flash_llm.linear(x.to("cuda:1"), weight.to("cuda:1"))
+    assert second.device == torch.device("cuda:1")
+    assert torch.equal(first.cpu(), second.cpu())
+    assert torch.equal(flash_llm.ops.unpack(weight.to("cuda:1")).cpu(), dense)

@@ -1,0 +1,150 @@
+"""Multiplications of every kind for the GPU tests, and a way to compile all that they need side by side."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from flash_llm import PackedWeight
+from flash_llm.kernels import build, cuda, launch, plan
+from flash_llm.tensor.layout import PACKET_VALUES
+from sparse_matrices import DTYPES, PATTERNS, sparse
+
+SIZES = (1, 2, 15, 16, 17, 63, 64, 65, 576, 1000, 1536, 4096, 11008)
+ROWS_OF_X = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 128, 129, 256, 257, 300)
+SPARSITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0)
+X_LAYOUTS = ("plain", "wide rows", "odd rows", "odd start", "transposed", "repeated", "overlapping")
+BIASES = ("none", "plain", "strided", "repeated")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One multiplication. ``kernel`` "sm_80" is the kernel for every GPU, on whatever GPU there is."""
+
+    kernel: str
+    rows: int
+    columns: int
+    n: int
+    sparsity: float
+    dtype: torch.dtype
+    pattern: str
+    x_layout: str
+    bias: str
+    seed: int
+
+    def __str__(self) -> str:
+        size = f"{self.rows}x{self.columns}x{self.n}-{self.sparsity:g}-{str(self.dtype).removeprefix('torch.')}"
+        return "-".join([self.kernel, size, self.pattern, self.x_layout, f"bias {self.bias}"]).replace(" ", "_")
+
+    def weight(self) -> Tensor:
+        return sparse(self.rows, self.columns, self.sparsity, self.dtype, self.seed, self.pattern, "cuda")
+
+    def whole_weight(self) -> Tensor:
+        """The same zeros, and small whole numbers elsewhere: their sums are exact in float32, in any order."""
+        weight = self.weight()
+        numbers = (weight.float() * 2).round().clamp(-4, 4)
+        return torch.where((numbers == 0) & (weight != 0), 1.0, numbers).to(self.dtype)
+
+    def x(self, whole: bool = False) -> Tensor:
+        """[n, columns], with NaN in memory all around it."""
+        n, k = self.n, self.columns
+        values = self._random(n, k, whole)
+        if self.x_layout == "repeated":
+            return values[:1].expand(n, k)
+        if self.x_layout == "overlapping":
+            return self._random(1, k + 8 * n, whole).view(-1).as_strided((n, k), (8, 1))
+        if self.x_layout == "transposed":
+            return values.T.contiguous().T
+        if self.x_layout == "plain":
+            return values
+        places = {"wide rows": (8, -(-k // 8) * 8 + 16), "odd rows": (0, k // 8 * 8 + 11), "odd start": (3, k + 8)}
+        start, pitch = places[self.x_layout]
+        memory = torch.full((n * pitch + 16,), float("nan"), dtype=self.dtype, device="cuda")
+        x = memory.as_strided((n, k), (pitch, 1), start)
+        return x.copy_(values)
+
+    def bias_vector(self, whole: bool = False) -> Tensor | None:
+        """[rows]."""
+        if self.bias == "none":
+            return None
+        values = self._random(2, self.rows, whole).view(-1)
+        if self.bias == "repeated":
+            return values[:1].expand(self.rows)
+        return values[::2] if self.bias == "strided" else values[: self.rows]
+
+    def _random(self, rows: int, columns: int, whole: bool) -> Tensor:
+        generator = torch.Generator("cuda").manual_seed(self.seed + 1)
+        if whole:
+            return torch.randint(-3, 4, (rows, columns), generator=generator, device="cuda").to(self.dtype)
+        return torch.randn(rows, columns, generator=generator, device="cuda").to(self.dtype)
+
+
+def random_cases(count: int, kernel: str, seed: int = 0) -> list[Case]:
+    """Cases of all shapes, sparsities, patterns and layouts; every second shape is of sizes known for their edges."""
+    rng = random.Random(seed)
+    cases = []
+    for number in range(count):
+        rows, columns = (rng.choice(SIZES) if number % 2 else int(2 ** rng.uniform(0, 12.5)) for _ in range(2))
+        cases.append(
+            Case(
+                kernel,
+                rows,
+                columns,
+                rng.choice(ROWS_OF_X) if number % 3 else rng.randint(1, 300),
+                rng.choice(SPARSITIES),
+                rng.choice(DTYPES),
+                rng.choice(PATTERNS) if number % 4 == 0 else "even",
+                rng.choice(X_LAYOUTS) if number % 2 == 0 else "plain",
+                rng.choice(BIASES),
+                number,
+            )
+        )
+    return cases
+
+
+_device_properties = cuda.device_properties
+
+
+def stand_in(kernel: str) -> plan.Device:
+    """What the plans are to believe the GPU is: itself, or one that takes the kernel for every GPU."""
+    real = _device_properties(0)
+    return real if kernel == "native" else plan.Device((8, 0), real.multiprocessors, 101376)
+
+
+def compile_all(cases: Iterable[Case]) -> None:
+    """Compiles the kernels that cases take, on all CPU cores, so that the tests find them in the cache."""
+    wanted = set()
+    arch = launch.architecture(0)
+    for case in cases:
+        weight = PackedWeight.from_dense(case.weight())
+        wanted |= {(*kernel, arch) for kernel in kernels_of(weight, case.n, case.kernel)}
+    compile_side_by_side(wanted)
+
+
+def kernels_of(weight: PackedWeight, n: int, kernel: str = "native") -> set[tuple[str, tuple[tuple[str, int], ...]]]:
+    """(source, defines) of the kernels that a multiplication takes."""
+    bf16 = weight.dtype == torch.bfloat16
+    if n >= plan.UNPACK_FROM:
+        return {("unpack.cu", (("BF16", int(bf16)), ("TILE_WORDS", weight.tile_words)))}
+    packets = weight.values.numel() // PACKET_VALUES
+    plans = (
+        plan.spmm_plan(
+            stand_in(kernel), *weight.shape, packets, weight.max_packets, weight.tile_words, part, bf16
+        )
+        for part in {min(plan.MAX_N, n - first) for first in range(0, n, plan.MAX_N)}
+    )  # fmt: skip
+    return {(chosen.source, chosen.defines) for chosen in plans}
+
+
+def compile_side_by_side(wanted: Iterable[tuple[str, tuple[tuple[str, int], ...], str]]) -> None:
+    """``build.compile_kernel`` of many configurations, in as many processes as there are CPU cores."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as processes:
+        for future in [processes.submit(build.compile_kernel, *configuration) for configuration in wanted]:
+            future.result()
