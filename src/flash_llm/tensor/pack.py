@@ -26,7 +26,7 @@ from flash_llm.tensor.layout import (
 )
 
 _STEPS = WORD_BITS // 4
-_CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 25}
+_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PackedTensors:
 def strip_chunks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Ranges of strips that are worked on at a time: (first, last + 1)."""
     strips = ceil_div(rows, STRIP_ROWS)
-    step = max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 23) // (STRIP_ROWS * max(columns, WORD_COLUMNS)))
+    step = max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 22) // (STRIP_ROWS * max(columns, WORD_COLUMNS)))
     for first in range(0, strips, step):
         yield first, min(first + step, strips)
 
