@@ -1,222 +1,265 @@
-"""How fast the sparse kernel is beside the best dense product, in one run.
+"""How fast the sparse kernel is beside the best dense product of torch, in one run.
 
-    python -m flash_llm.bench.kernels --shapes paper --out kernels.json
-
-Times are medians of replays of CUDA graphs whose launches go through copies of the weight, at least 400 MB of them, so
-that the L2 cache doesn't help either side.
+``flash-llm bench kernels`` is the command. Times are medians of replays of CUDA graphs whose launches go through copies
+of the weight, at least 400 MB of them, so that the L2 cache helps neither side.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
+import datetime
+import math
+import platform
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash_llm import ops
-from flash_llm.bench.shapes import parse_shapes
+from flash_llm import __version__, ops
+from flash_llm.bench import timing
+from flash_llm.bench.peers import PEERS, Peer
+from flash_llm.bench.report import means
+from flash_llm.bench.shapes import Shape
+from flash_llm.bench.timing import Meter
+from flash_llm.environment import environment as machine
+from flash_llm.errors import KernelError
 from flash_llm.tensor import PackedWeight
+from flash_llm.tensor.layout import VALUE_DTYPES
 
-_ROTATED_BYTES = 400e6
-_LAUNCHES, _REPLAYS = 8, 15
+MAX_ERROR = 1e-2
+"""Relative error from which on a result is wrong and not just rounded: bfloat16's is near 2e-3."""
 
-
-def microseconds(run: Callable[[int], object], launches: int) -> float:
-    """Median time of one of ``launches`` launches, run(0), run(1), ..., captured in a CUDA graph."""
-    run(0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(launches):
-            run(i)
-    times = []
-    for _ in range(3 + _REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / launches * 1e3)
-    return statistics.median(times[3:])
+Row = dict[str, Any]
 
 
-def read_bandwidth() -> float:
-    """Bytes a second that this GPU reads, from summing 4 GB of float32: the best of ten."""
-    data = torch.ones(1 << 30, device="cuda")
-    times = []
-    for _ in range(11):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        data.sum()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return data.nbytes / min(times[1:])
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        shapes: (rows, columns) of the weights.
+        sparsities: shares of zeros, at random places.
+        ns: numbers of rows of x.
+        dtype: of weights and x, one of ``layout.VALUE_DTYPES``.
+        peers: measure what torch offers for sparse weights too.
+        check: compare every result with float32's.
+        time_limit: seconds after which no further weight is begun.
+
+    Raises:
+        ValueError: a dtype that weights can't be packed in, or a time limit that isn't positive.
+    """
+
+    shapes: list[Shape]
+    sparsities: list[float]
+    ns: list[int]
+    dtype: torch.dtype = torch.float16
+    peers: bool = False
+    check: bool = True
+    time_limit: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.dtype not in VALUE_DTYPES:
+            raise ValueError(f"dtype {self.dtype}: packed weights are {' or '.join(map(str, VALUE_DTYPES))}")
+        if not self.time_limit > 0:
+            raise ValueError(f"time limit {self.time_limit}: it takes seconds, more than 0")
 
 
-def copies(nbytes: int) -> int:
-    """How many copies of a weight are rotated through."""
-    return max(2, -(-int(_ROTATED_BYTES) // nbytes))
+@dataclass
+class _Run:
+    """A run under way: what is fixed for all of its cases, and when it began."""
 
+    settings: Settings
+    meter: Meter
+    bandwidth: float
+    on_case: Callable[[str], None]
+    begin: float = field(default_factory=time.monotonic)
 
-def dense_microseconds(shape: tuple[int, int], xs: dict[int, Tensor]) -> dict[int, float]:
-    """The best of F.linear and torch.mm(W, X^T), for every number of rows of x."""
-    count = copies(shape[0] * shape[1] * 2)
-    weights = [torch.randn(shape, device="cuda", dtype=xs[min(xs)].dtype) for _ in range(count)]
-    launches = max(_LAUNCHES, count)
-
-    def best(x: Tensor) -> float:
-        return min(
-            microseconds(lambda i: torch.nn.functional.linear(x, weights[i % count]), launches),
-            microseconds(lambda i: torch.mm(weights[i % count], x.t()), launches),
-        )
-
-    return {n: best(x) for n, x in xs.items()}
-
-
-def sparse_microseconds(x: Tensor, weights: list[PackedWeight]) -> float:
-    """Median time of x times one of ``weights``, which are gone through in turn."""
-    return microseconds(lambda i: ops.linear(x, weights[i % len(weights)]), max(_LAUNCHES, len(weights)))
-
-
-def _clone(weight: PackedWeight) -> PackedWeight:
-    bitmap, values, offsets = (tensor.clone() for tensor in weight.tensors().values())
-    return replace(weight, bitmap=bitmap, values=values, offsets=offsets)
+    def late(self) -> bool:
+        return time.monotonic() - self.begin > self.settings.time_limit
 
 
 def measure(
-    shape: tuple[int, int], sparsities: list[float], ns: list[int], dtype: torch.dtype, bandwidth: float
-) -> list[dict[str, Any]]:
-    """A row for every sparsity and n."""
-    rows, columns = shape
-    torch.manual_seed(0)
-    xs = {n: torch.randn(n, columns, device="cuda", dtype=dtype) for n in ns}
-    dense_us = dense_microseconds(shape, xs)
-    results = []
-    for sparsity in sparsities:
-        weight = torch.randn(shape, device="cuda", dtype=dtype)
-        weight[torch.rand(shape, device="cuda", dtype=torch.float16) < sparsity] = 0
-        packed = PackedWeight.from_dense(weight)
-        wide = weight.float().t()
-        clones = [_clone(packed) for _ in range(copies(packed.nbytes))]
-        for n, x in xs.items():
-            expected = x.float() @ wide
-            error = float((ops.linear(x, packed).float() - expected).norm() / expected.norm())
-            us = sparse_microseconds(x, clones)
-            moved = packed.nbytes + 2 * n * (rows + columns)
-            results.append(
-                {
-                    "rows": rows,
-                    "columns": columns,
-                    "sparsity": sparsity,
-                    "n": n,
-                    "us": us,
-                    "dense_us": dense_us[n],
-                    "speedup": dense_us[n] / us,
-                    "gigabytes_a_second": moved / us * 1e-3,
-                    "bandwidth_share": moved / us * 1e6 / bandwidth,
-                    "bytes_an_element": packed.nbytes / (rows * columns),
-                    "relative_error": error,
-                    "tile_words": packed.tile_words,
-                }
-            )
-    return results
+    settings: Settings, meter: Meter, *, command: str = "", on_case: Callable[[str], None] = lambda case: None
+) -> dict[str, Any]:
+    """Measures all of ``settings``.
 
+    Args:
+        meter: times, on its own device.
+        command: what the user typed, for the report.
+        on_case: is told each case, a weight's shape and sparsity, once it is measured.
 
-def means(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric means over the shapes, for every sparsity and n."""
-    keys = sorted({(row["sparsity"], row["n"]) for row in results})
-    table = []
-    for sparsity, n in keys:
-        of_key = [row for row in results if (row["sparsity"], row["n"]) == (sparsity, n)]
-        columns = ("speedup", "bandwidth_share")
-        mean = {name: statistics.geometric_mean(row[name] for row in of_key) for name in columns}
-        table.append({"sparsity": sparsity, "n": n, "shapes": len(of_key), **mean})
-    return table
+    Returns:
+        A JSON-ready report: ``environment``, ``read_bandwidth`` in bytes a second and how it was measured,
+        ``not_measured`` (each with the reason), ``means`` and ``results`` (see :func:`flash_llm.bench.report.means`).
 
-
-def environment() -> dict[str, Any]:
-    """The GPU and the versions that figures depend on."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    Raises:
+        KernelError: a kernel fails, or its result is wrong.
+    """
+    begin = time.monotonic()
+    with torch.inference_mode():
+        run = _Run(settings, meter, meter.read_bandwidth(), on_case, begin)
+        results: list[Row] = []
+        not_measured: list[Row] = []
+        for shape in settings.shapes:
+            _shape(run, shape, results, not_measured)
+            if meter.device.type == "cuda":
+                torch.cuda.empty_cache()
     return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "command": "python -m flash_llm.bench.kernels " + " ".join(sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
+        "environment": environment(command, meter.device),
+        "read_bandwidth": run.bandwidth,
+        "read_bandwidth_how": timing.READ_BANDWIDTH_HOW,
+        "not_measured": not_measured,
+        "means": means(results),
+        "results": results,
     }
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The means and the single cases of a report as two tables."""
-    table, results = report["means"], report["results"]
-    sparsities = sorted({row["sparsity"] for row in table})
-    head = "| {} | " + " | ".join(f"{s:.0%}" for s in sparsities) + " |\n|---|" + "---|" * len(sparsities) + "\n"
-
-    def lines(label: str, rows: list[dict[str, Any]]) -> str:
-        cells = {row["sparsity"]: f"{row['speedup']:.2f} ({row['bandwidth_share']:.0%})" for row in rows}
-        return f"| {label} | " + " | ".join(cells.get(s, "-") for s in sparsities) + " |\n"
-
-    text = head.format("geometric mean")
-    for n in sorted({row["n"] for row in table}):
-        text += lines(f"N = {n}", [row for row in table if row["n"] == n])
-    text += "\n" + head.format("rows x columns, N")
-    for rows, columns, n in sorted({(r["rows"], r["columns"], r["n"]) for r in results}):
-        of_case = [r for r in results if (r["rows"], r["columns"], r["n"]) == (rows, columns, n)]
-        text += lines(f"{rows}x{columns}, {n}", of_case)
-    return text
+def environment(command: str, device: torch.device) -> dict[str, Any]:
+    """The GPU and the versions that figures depend on."""
+    here = machine()
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "driver": here["cuda"]["driver"],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "nvrtc": here["cuda"]["nvrtc"],
+        "python": platform.python_version(),
+        "flash_llm": __version__,
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes the whole file or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+def _shape(run: _Run, shape: Shape, results: list[Row], not_measured: list[Row]) -> None:
+    """Adds a row for every sparsity and n, or why there is none."""
+    generator = torch.Generator(run.meter.device).manual_seed(0)
+    left = list(run.settings.sparsities)
+    why = f"the time limit of {run.settings.time_limit:g} s"
+    try:
+        if not run.late():
+            xs = {n: _random((n, shape[1]), run, generator) for n in run.settings.ns}
+            dense = _dense(run, shape, xs, generator)
+        while left and not run.late():
+            results += _sparsity(run, shape, left[0], xs, dense, generator)
+            run.on_case(f"{shape[0]}x{shape[1]} at {left[0]:.0%}")
+            left.pop(0)
+    except torch.OutOfMemoryError:
+        why = "out of GPU memory"
+    not_measured += [{"rows": shape[0], "columns": shape[1], "sparsity": sparsity, "why": why} for sparsity in left]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m flash_llm.bench.kernels", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--shapes", default="paper", help="a name of flash_llm.bench.shapes, or 4096x4096,...")
-    parser.add_argument("--sparsity", default="0.5,0.6,0.7,0.8,0.9")
-    parser.add_argument("--n", default="8,16,32,64", help="rows of x")
-    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds; stops before the next shape")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(1, "kernels are measured on a CUDA GPU, and torch finds none here\n")
-    begin = time.monotonic()
-    bandwidth = read_bandwidth()
-    report: dict[str, Any] = {"environment": environment(), "read_bandwidth": bandwidth, "not_measured": []}
-    results: list[dict[str, Any]] = []
-    for shape in parse_shapes(arguments.shapes):
-        if time.monotonic() - begin > arguments.time_limit:
-            report["not_measured"].append(shape)
-            continue
-        sparsities = [float(s) for s in arguments.sparsity.split(",")]
-        ns = [int(n) for n in arguments.n.split(",")]
-        results += measure(shape, sparsities, ns, getattr(torch, arguments.dtype), bandwidth)
-        torch.cuda.empty_cache()
-    report |= {"means": means(results), "results": results}
-    if arguments.out:
-        write_json(arguments.out, report)
-    print(markdown(report))
-    if report["not_measured"]:
-        print(f"not measured, for lack of time: {report['not_measured']}")
+def _random(shape: Shape, run: _Run, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device=run.meter.device, dtype=run.settings.dtype)
 
 
-if __name__ == "__main__":
-    main()
+def _dense(run: _Run, shape: Shape, xs: dict[int, Tensor], generator: torch.Generator) -> dict[int, Row]:
+    """Microseconds of F.linear and of torch.mm(W, X^T) for every x: the best of both is what sparse is held against."""
+    weight = _random(shape, run, generator)
+    weights = [weight] + [weight.clone() for _ in range(timing.copies(weight.nbytes) - 1)]
+    launches = timing.launches(len(weights))
+
+    def times(x: Tensor) -> Row:
+        linear = run.meter.graph(lambda i: torch.nn.functional.linear(x, weights[i % len(weights)]), launches)
+        mm = run.meter.graph(lambda i: torch.mm(weights[i % len(weights)], x.t()), launches)
+        return {"dense_us": min(linear, mm), "dense_linear_us": linear, "dense_mm_us": mm}
+
+    return {n: times(x) for n, x in xs.items()}
+
+
+def _sparsity(
+    run: _Run, shape: Shape, sparsity: float, xs: dict[int, Tensor], dense: dict[int, Row], generator: torch.Generator
+) -> list[Row]:
+    """A row for every n of one weight, which is made and packed once."""
+    weight = _random(shape, run, generator)
+    weight[torch.rand(shape, generator=generator, device=weight.device) < sparsity] = 0
+    expected = _expected(weight, xs) if run.settings.check else {}
+    packed = PackedWeight.from_dense(weight)
+    weights = [packed] + [_clone(packed) for _ in range(timing.copies(packed.nbytes) - 1)]
+    rows = [
+        {"rows": shape[0], "columns": shape[1], "sparsity": sparsity, "n": n, "dtype": _name(weight.dtype)}
+        | _sparse(run, weights, x, dense[n], expected.get(n))
+        for n, x in xs.items()
+    ]
+    del packed, weights
+    if run.settings.peers:
+        peers = {name: _peer(run, build, weight, xs, expected) for name, build in PEERS.items()}
+        for row in rows:
+            row["peers"] = {name: _beside(row["dense_us"], of_n[row["n"]]) for name, of_n in peers.items()}
+    return rows
+
+
+def _sparse(run: _Run, weights: list[PackedWeight], x: Tensor, dense: Row, expected: Tensor | None) -> Row:
+    packed = weights[0]
+    (rows, columns), n = packed.shape, x.shape[0]
+    error = None if expected is None else relative_error(ops.linear(x, packed), expected)
+    if error is not None and not error <= MAX_ERROR:  # so that NaN counts as wrong
+        raise KernelError(
+            f"the sparse kernel's result for {rows}x{columns}, n={n}, at {packed.sparsity:.0%} zeros is wrong: relative "
+            f"error {error:.2g}, more than {MAX_ERROR:g}; please report it with what `flash-llm env` prints"
+        )
+    us = run.meter.graph(lambda i: ops.linear(x, weights[i % len(weights)]), timing.launches(len(weights)))
+    moved = packed.nbytes + x.element_size() * n * (rows + columns)
+    return {
+        "us": us,
+        **dense,
+        "speedup": dense["dense_us"] / us,
+        "bytes_moved": moved,
+        "gigabytes_a_second": moved / us * 1e-3,
+        "bandwidth_share": moved / us * 1e6 / run.bandwidth,
+        "bytes_an_element": packed.nbytes / (rows * columns),
+        "relative_error": error,
+        "tile_words": packed.tile_words,
+        "rotated_bytes": len(weights) * packed.nbytes,
+    }
+
+
+def _clone(weight: PackedWeight) -> PackedWeight:
+    return replace(weight, **{name: tensor.clone() for name, tensor in weight.tensors().items()})
+
+
+def _peer(
+    run: _Run, build: Callable[[Tensor], Peer], weight: Tensor, xs: dict[int, Tensor], expected: dict[int, Tensor]
+) -> dict[int, Row]:
+    """A peer's microseconds and error for every n, or what it says in refusing."""
+    try:
+        first = build(weight)
+        built = [first] + [build(weight) for _ in range(timing.copies(first.nbytes) - 1)]
+    except Exception as refusal:  # whatever torch raises: it is noted, and the others go on
+        return {n: _refused(refusal) for n in xs}
+    return {n: _peer_row(run, built, x, expected.get(n)) for n, x in xs.items()}
+
+
+def _peer_row(run: _Run, built: list[Peer], x: Tensor, expected: Tensor | None) -> Row:
+    try:
+        error = None if expected is None else relative_error(built[0](x), expected)
+        # Not as a graph: cuSPARSE may allocate, and a capture that fails would take the rest of the run with it.
+        us = run.meter.queued(lambda i: built[i % len(built)](x), timing.launches(len(built)))
+    except Exception as refusal:
+        return _refused(refusal)
+    return {"us": us, "relative_error": error if error is None or math.isfinite(error) else None}
+
+
+def _refused(refusal: Exception) -> Row:
+    return {"refused": f"{type(refusal).__name__}: {' '.join(str(refusal).split())[:300]}"}
+
+
+def _beside(dense_us: float, row: Row) -> Row:
+    return row if "refused" in row else row | {"speedup": dense_us / row["us"]}
+
+
+def _expected(weight: Tensor, xs: dict[int, Tensor]) -> dict[int, Tensor]:
+    """x W^T in float32 for every x."""
+    wide = weight.float().t()
+    return {n: x.float() @ wide for n, x in xs.items()}
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    """||y - expected|| / ||expected||, or ||y|| where zeros are expected."""
+    norm = float(expected.norm())
+    return float((y.float() - expected).norm()) / (norm or 1.0)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

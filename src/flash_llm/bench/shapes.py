@@ -1,8 +1,14 @@
-"""The weight shapes, (rows, columns), that kernels are measured on."""
+"""What kernels are measured on: the shapes of real models' weights, (rows, columns), and lists from a command line."""
 
 from __future__ import annotations
 
-SHAPES: dict[str, list[tuple[int, int]]] = {
+from collections.abc import Callable
+from typing import TypeVar
+
+Shape = tuple[int, int]
+Number = TypeVar("Number", int, float)
+
+SHAPES: dict[str, list[Shape]] = {
     # OPT-30B, 66B and 175B: QKV, output projection, and the two of the MLP. The Flash-LLM paper's shapes.
     "paper": [
         (width * rows, width * columns)
@@ -16,18 +22,56 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
 }
 
 
-def parse_shapes(text: str) -> list[tuple[int, int]]:
-    """Shapes from a name of SHAPES or a list such as "4096x4096,14336x4096".
+def parse_shapes(text: str) -> list[Shape]:
+    """Shapes from names of SHAPES and single shapes: "paper", "4096x4096,14336x4096", "llama-3-8b,8192x8192".
 
     Raises:
-        ValueError: neither of them.
+        ValueError: an item is neither.
     """
-    if text in SHAPES:
-        return SHAPES[text]
+    shapes = [shape for item in text.split(",") for shape in SHAPES.get(item.strip()) or [_shape(item)]]
+    return list(dict.fromkeys(shapes))
+
+
+def _shape(item: str) -> Shape:
     try:
-        shapes = [(int(rows), int(columns)) for rows, columns in (item.split("x") for item in text.split(","))]
+        rows, columns = map(int, item.split("x"))
     except ValueError:
-        shapes = []
-    if not shapes or any(size < 1 for shape in shapes for size in shape):
-        raise ValueError(f"shapes {text!r}: give one of {', '.join(SHAPES)}, or a list such as 4096x4096,14336x4096")
-    return shapes
+        rows = columns = 0
+    if rows < 1 or columns < 1:
+        raise ValueError(
+            f"shape {item!r}: give {', '.join(SHAPES)}, or ROWSxCOLUMNS of at least 1 each, such as 4096x14336"
+        )
+    return rows, columns
+
+
+def parse_sparsities(text: str) -> list[float]:
+    """Shares of zeros from "0.5,0.6".
+
+    Raises:
+        ValueError: an item is no number from 0 up to, not including, 1.
+    """
+    return _numbers(text, float, lambda value: 0 <= value < 1, "sparsity", "a number from 0 up to, not including, 1")
+
+
+def parse_ns(text: str) -> list[int]:
+    """Numbers of rows of x from "1,8,64".
+
+    Raises:
+        ValueError: an item is no positive integer.
+    """
+    return _numbers(text, int, lambda value: value >= 1, "n", "a number of rows of x, an integer of at least 1")
+
+
+def _numbers(
+    text: str, kind: Callable[[str], Number], allowed: Callable[[Number], bool], name: str, rule: str
+) -> list[Number]:
+    values: list[Number] = []
+    for item in text.split(","):
+        try:
+            value = kind(item)
+        except ValueError:
+            raise ValueError(f"{name} {item!r}: it takes {rule}; several are parted by commas") from None
+        if not allowed(value):
+            raise ValueError(f"{name} {item!r}: it takes {rule}")
+        values.append(value)
+    return list(dict.fromkeys(values))

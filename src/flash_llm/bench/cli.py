@@ -1,0 +1,185 @@
+"""``flash-llm bench VERB``: measure, and show what was measured."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from flash_llm.bench.kernels import Settings
+    from flash_llm.bench.report import Report
+
+FILES = ("kernels.json", "kernels.csv", "kernels.png")
+Verb = Callable[..., None]
+
+
+class Dtype(str, Enum):
+    """Floating-point types that weights are packed in."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def make_app(guard: Callable[[Verb], Verb]) -> typer.Typer:
+    """The group of verbs; ``guard`` makes an exception a line and an exit code, as for every other verb."""
+    app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Measure speed, and make tables and plots.")
+    for verb in (kernels, report):
+        app.command(name=verb.__name__)(guard(verb))
+    return app
+
+
+def kernels(
+    shapes: Annotated[
+        str,
+        typer.Option(
+            help="paper (OPT-30B, 66B, 175B), llama-3-8b, llama-3-70b, qwen2.5-7b, qwen2.5-72b, "
+            "ROWSxCOLUMNS, or several of them with commas between."
+        ),
+    ] = "paper",
+    sparsity: Annotated[str, typer.Option(help="Shares of zeros.")] = "0.5,0.6,0.7,0.8,0.9",
+    n: Annotated[str, typer.Option("--n", help="Rows of x: tokens multiplied at once.")] = "1,8,16,32,64",
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and x.")] = Dtype.float16,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Measure torch's own sparse formats too: CSR, and 2:4 with a CSR rest.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for kernels.json, kernels.csv and kernels.png.")
+    ] = None,
+    plot: Annotated[
+        bool | None, typer.Option("--plot/--no-plot", help="Make kernels.png. Default: if matplotlib is there.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every result with float32's.")] = True,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds after which no further weight is begun.", show_default="none")
+    ] = math.inf,
+) -> None:
+    """Measure the sparse kernel beside the best dense product of torch, on this GPU.
+
+    Both sides in one run: F.linear or torch.mm(W, X^T), the quicker, against the packed weight. Weights are rotated
+    through 400 MB, so that the L2 cache doesn't help; medians of CUDA graph replays.
+
+    \b
+    Examples:
+      flash-llm bench kernels --out results
+      flash-llm bench kernels --shapes llama-3-8b --n 1,16 --peers --out results
+      flash-llm bench kernels --shapes 4096x4096,14336x4096 --sparsity 0.7 --time-limit 60
+    """
+    from flash_llm.bench.report import can_plot, write
+    from flash_llm.bench.timing import CudaMeter
+
+    settings = _settings(shapes, sparsity, n, dtype.value, peers, check, time_limit)
+    _check_plot(plot, out)
+    meter = CudaMeter()
+    if out is not None:
+        _make_free(out)
+    measured = _measure(settings, meter)
+    if out is not None:
+        with_plot = can_plot() if plot is None else plot
+        for path in write(measured, out, with_plot=with_plot):
+            _say(f"wrote {path}")
+        if not with_plot and plot is None:
+            _say("no plot: matplotlib isn't installed (pip install 'flash-llm[bench]')")
+    _print(measured)
+
+
+def report(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The kernels.json of a run.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to write.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file to write.")] = None,
+) -> None:
+    """Print the tables of a run again, or make its plot, from its JSON file alone.
+
+    \b
+    Examples:
+      flash-llm bench report results/kernels.json
+      flash-llm bench report results/kernels.json --markdown > table.md
+      flash-llm bench report results/kernels.json --plot kernels.png
+    """
+    from flash_llm.bench import report as reports
+
+    read = reports.read(file)
+    if csv is not None:
+        reports.write_whole(csv, reports.csv_text(read).encode())
+    if plot is not None:
+        reports.write_whole(plot, reports.plot(read))
+    if markdown:
+        print(reports.markdown(read), end="")
+    else:
+        _print(read)
+
+
+def _settings(shapes: str, sparsity: str, n: str, dtype: str, peers: bool, check: bool, time_limit: float) -> Settings:
+    import torch
+
+    from flash_llm.bench.kernels import Settings
+    from flash_llm.bench.shapes import parse_ns, parse_shapes, parse_sparsities
+
+    return Settings(
+        parse_shapes(shapes),
+        parse_sparsities(sparsity),
+        parse_ns(n),
+        dtype=getattr(torch, dtype),
+        peers=peers,
+        check=check,
+        time_limit=time_limit,
+    )
+
+
+def _check_plot(plot: bool | None, out: Path | None) -> None:
+    """Says before the run what would else be said after it."""
+    if not plot:
+        return
+    from flash_llm.bench.report import require_plot
+
+    if out is None:
+        raise ValueError("--plot needs a folder to write to: add --out DIR")
+    require_plot()
+
+
+def _make_free(out: Path) -> None:
+    """Makes the folder, in which no earlier run's files may be."""
+    found = [name for name in FILES if (out / name).exists()]
+    if found:
+        raise FileExistsError(f"{out} already holds {', '.join(found)}: name another folder, or remove them")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _measure(settings: Settings, meter: object) -> Report:
+    from flash_llm.bench.kernels import measure
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("measuring", total=len(settings.shapes) * len(settings.sparsities))
+        return measure(
+            settings,
+            meter,  # type: ignore[arg-type]
+            command=shlex.join(["flash-llm", *sys.argv[1:]]),
+            on_case=lambda case: bar.update(task, advance=1, description=case),
+        )
+
+
+def _print(report: Report) -> None:
+    from flash_llm.bench.report import remarks, summary, tables
+
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(summary(report), highlight=False)
+    for table in tables(report):
+        console.print()
+        console.print(table)
+    for remark in remarks(report):
+        console.print(remark, highlight=False, markup=False)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
