@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from flash_llm.bench import cli as bench
 from flash_llm.errors import FlashLLMError
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ Skip = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Makes a function a verb of the command line, whose failures are one line and an exit code."""
+def _guard(function: Callable[..., None]) -> Callable[..., None]:
+    """The function with failures that are one line and an exit code."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -122,8 +123,17 @@ def _verb(function: Callable[..., None]) -> Callable[..., None]:
             _say(f"error: {_describe(error)}")
             raise typer.Exit(1) from None
 
+    return guarded
+
+
+def _verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Makes a function a verb of the command line."""
+    guarded = _guard(function)
     app.command(name=function.__name__.rstrip("_"))(guarded)
     return guarded
+
+
+app.add_typer(bench.make_app(_guard), name="bench")
 
 
 def _describe(error: Exception) -> str:

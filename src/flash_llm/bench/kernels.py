@@ -98,7 +98,7 @@ def measure(
         KernelError: a kernel fails, or its result is wrong.
     """
     begin = time.monotonic()
-    with torch.inference_mode():
+    with torch.no_grad():
         run = _Run(settings, meter, meter.read_bandwidth(), on_case, begin)
         results: list[Row] = []
         not_measured: list[Row] = []
@@ -141,10 +141,9 @@ def _shape(run: _Run, shape: Shape, results: list[Row], not_measured: list[Row])
         if not run.late():
             xs = {n: _random((n, shape[1]), run, generator) for n in run.settings.ns}
             dense = _dense(run, shape, xs, generator)
-        while left and not run.late():
-            results += _sparsity(run, shape, left[0], xs, dense, generator)
-            run.on_case(f"{shape[0]}x{shape[1]} at {left[0]:.0%}")
-            left.pop(0)
+            while left and not run.late():
+                results += _sparsity(run, shape, left[0], xs, dense, generator)
+                run.on_case(f"{shape[0]}x{shape[1]} at {left.pop(0):.0%}")
     except torch.OutOfMemoryError:
         why = "out of GPU memory"
     not_measured += [{"rows": shape[0], "columns": shape[1], "sparsity": sparsity, "why": why} for sparsity in left]
@@ -173,11 +172,11 @@ def _sparsity(
 ) -> list[Row]:
     """A row for every n of one weight, which is made and packed once."""
     weight = _random(shape, run, generator)
-    weight[torch.rand(shape, generator=generator, device=weight.device) < sparsity] = 0
+    weight.masked_fill_(torch.rand(shape, generator=generator, device=weight.device) < sparsity, 0)
     expected = _expected(weight, xs) if run.settings.check else {}
     packed = PackedWeight.from_dense(weight)
     weights = [packed] + [_clone(packed) for _ in range(timing.copies(packed.nbytes) - 1)]
-    rows = [
+    rows: list[Row] = [
         {"rows": shape[0], "columns": shape[1], "sparsity": sparsity, "n": n, "dtype": _name(weight.dtype)}
         | _sparse(run, weights, x, dense[n], expected.get(n))
         for n, x in xs.items()
@@ -196,8 +195,8 @@ def _sparse(run: _Run, weights: list[PackedWeight], x: Tensor, dense: Row, expec
     error = None if expected is None else relative_error(ops.linear(x, packed), expected)
     if error is not None and not error <= MAX_ERROR:  # so that NaN counts as wrong
         raise KernelError(
-            f"the sparse kernel's result for {rows}x{columns}, n={n}, at {packed.sparsity:.0%} zeros is wrong: relative "
-            f"error {error:.2g}, more than {MAX_ERROR:g}; please report it with what `flash-llm env` prints"
+            f"the sparse kernel's result for {rows}x{columns}, n={n}, at {packed.sparsity:.0%} zeros is wrong: "
+            f"relative error {error:.2g}, more than {MAX_ERROR:g}; please report it with what `flash-llm env` prints"
         )
     us = run.meter.graph(lambda i: ops.linear(x, weights[i % len(weights)]), timing.launches(len(weights)))
     moved = packed.nbytes + x.element_size() * n * (rows + columns)
@@ -216,7 +215,8 @@ def _sparse(run: _Run, weights: list[PackedWeight], x: Tensor, dense: Row, expec
 
 
 def _clone(weight: PackedWeight) -> PackedWeight:
-    return replace(weight, **{name: tensor.clone() for name, tensor in weight.tensors().items()})
+    bitmap, values, offsets = (tensor.clone() for tensor in weight.tensors().values())
+    return replace(weight, bitmap=bitmap, values=values, offsets=offsets)
 
 
 def _peer(

@@ -50,7 +50,8 @@ class CudaMeter:
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise KernelError(
-                "kernels are measured on a CUDA GPU, and torch finds none here: run this where `flash-llm env` lists one"
+                "kernels are measured on a CUDA GPU, and torch finds none here; "
+                "run this where `flash-llm env` lists one"
             )
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._head_start: torch.Tensor | None = None
