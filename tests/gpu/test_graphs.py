@@ -78,6 +78,18 @@ def test_the_same_bits_at_every_one_of_1000_replays(weights: list[PackedWeight],
     assert int(different) == 0
 
 
+def test_a_weight_that_no_cache_has_seen_gives_the_same_bits() -> None:
+    """What blocks of threads wait for differs most at a weight's first product."""
+    for seed in range(60):
+        weight = PackedWeight.from_dense(sparse(4096, 7168, 0.8, seed=seed, device="cuda"))
+        x = x_for(weight, 16, seed)
+        results = [flash_llm.linear(x, weight) for _ in range(3)]
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+        expected = x.double() @ weight.to_dense().double().T
+        torch.testing.assert_close(results[0].double(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_graphs_replay_beside_one_another(weights: list[PackedWeight]) -> None:
     """Two graphs on two streams at the same time, of the same weights, and work outside of graphs beside them."""
     xs = [[x_for(weight, 16, seed) for weight in weights] for seed in (0, 1, 2)]

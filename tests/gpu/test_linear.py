@@ -12,6 +12,7 @@ from torch import Tensor
 import flash_llm
 from flash_llm import PackedWeight
 from flash_llm.kernels import cuda, plan
+from flash_llm.tensor.layout import TILE_WORDS
 from gpu_cases import BIASES, X_LAYOUTS, Case, compile_all, random_cases, stand_in
 from sparse_matrices import DTYPES, sparse
 
@@ -92,6 +93,17 @@ def test_whole_numbers_are_exact(case: Case, monkeypatch: pytest.MonkeyPatch) ->
     expected = exact(x, dense, bias).float().to(case.dtype)
     wrong = (y != expected).nonzero()
     assert not len(wrong), f"{len(wrong)} of {y.numel()} are wrong, first {wrong[0].tolist()}"
+
+
+@pytest.mark.parametrize("n", [8, 16, 32, 64])
+@pytest.mark.parametrize("tile_words", TILE_WORDS)
+def test_every_tile_size(tile_words: int, n: int) -> None:
+    """Also those that wouldn't be chosen: 47 words are whole tiles of none but 1."""
+    dense = torch.randint(-4, 5, (600, 3000), device="cuda").half()
+    dense.masked_fill_(torch.rand(600, 3000, device="cuda") < 0.93, 0)
+    x = torch.randint(-3, 4, (n, 3000), device="cuda").half()
+    y = flash_llm.linear(x, PackedWeight.from_dense(dense, tile_words=tile_words))
+    assert torch.equal(y, exact(x, dense, None).half())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -89,7 +89,7 @@ def test_more_rows_of_x_than_a_launch_takes_are_refused(n: int) -> None:
         plan.spmm_plan(DEVICES["H100"], 128, 128, 64, 2, 2, n, False)
 
 
-@pytest.mark.parametrize("warps", [8, 12, 16])
+@pytest.mark.parametrize("warps", [4, 8, 12, 16])
 def test_registers_of_the_hopper_kernel_add_up(warps: int) -> None:
     """Multiplying and fetching warps together take no more than the block begins with, in the steps that PTX knows."""
     threads = (warps + plan.FETCH_WARPS) * LANES
@@ -97,5 +97,5 @@ def test_registers_of_the_hopper_kernel_add_up(warps: int) -> None:
     registers = plan.multiplying_registers(warps)
     fetching = plan.FETCH_WARPS * LANES * plan._FETCH_REGISTERS
     assert registers % 8 == 0
-    assert begins_with <= registers <= 240
+    assert min(begins_with, 240) <= registers <= 240
     assert registers * warps * LANES + fetching <= begins_with * threads

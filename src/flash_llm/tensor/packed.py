@@ -56,7 +56,8 @@ class PackedWeight:
 
         Args:
             dense: [M, K], float16 or bfloat16. NaN, infinities and subnormals keep their bits; -0.0 becomes 0.
-            tile_words: bitmap words in a tile; None takes the largest that the nonzeros allow.
+            tile_words: bitmap words in a tile; None takes what suits kernels best, see
+                :func:`flash_llm.tensor.pack.choose_tile_words`.
 
         Raises:
             TypeError: ``dense`` is not a float16 or bfloat16 tensor.
