@@ -64,8 +64,8 @@ def kernels(
 ) -> None:
     """Measure the sparse kernel beside the best dense product of torch, on this GPU.
 
-    Both sides in one run: F.linear or torch.mm(W, X^T), the quicker, against the packed weight. Weights are rotated
-    through 400 MB, so that the L2 cache doesn't help; medians of CUDA graph replays.
+    Dense is F.linear or torch.mm(W, X^T), the quicker, in the same run. Times are medians of
+    CUDA graphs that go through 400 MB of weights, more than an L2 cache holds.
 
     \b
     Examples:
@@ -82,13 +82,13 @@ def kernels(
     if out is not None:
         _make_free(out)
     measured = _measure(settings, meter)
+    _print(measured)
     if out is not None:
         with_plot = can_plot() if plot is None else plot
         for path in write(measured, out, with_plot=with_plot):
             _say(f"wrote {path}")
         if not with_plot and plot is None:
             _say("no plot: matplotlib isn't installed (pip install 'flash-llm[bench]')")
-    _print(measured)
 
 
 def report(

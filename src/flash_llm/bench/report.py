@@ -280,6 +280,7 @@ def _draw(panel: Any, results: list[Row], shapes: list[tuple[int, int]], sparsit
     panel.axhline(1, color="black", lw=0.8, ls="--")
     panel.grid(axis="y", alpha=0.3)
     panel.set_axisbelow(True)
+    panel.set_xlim(-0.6, len(shapes) - 0.4)
 
 
 def _ran(row: Row, peer: str) -> bool:
