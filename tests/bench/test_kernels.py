@@ -1,0 +1,169 @@
+"""The runner, on a CPU with a meter that counts instead of measuring; and once on a GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flash_llm import ops
+from flash_llm.bench import kernels, timing
+from flash_llm.bench.kernels import Settings, measure
+from flash_llm.cli import app
+from flash_llm.errors import KernelError
+
+pytestmark = pytest.mark.filterwarnings("ignore::flash_llm.SlowPathWarning")
+
+BANDWIDTH = 1e9
+
+
+class CountingMeter:
+    """Runs everything that is asked for once, and says that dense takes 30 us (linear) or 20 (mm), and sparse 10."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.launches: list[int] = []
+
+    def read_bandwidth(self) -> float:
+        return BANDWIDTH
+
+    def graph(self, run: Callable[[int], object], launches: int) -> float:
+        for i in range(launches):
+            run(i)
+        self.launches.append(launches)
+        return (30.0, 20.0)[len(self.launches) - 1] if len(self.launches) <= 2 else 10.0
+
+    def queued(self, run: Callable[[int], object], launches: int) -> float:
+        run(0)
+        return 40.0
+
+
+@pytest.fixture(autouse=True)
+def few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MAX_COPIES", 3)
+
+
+def settings(shapes: str = "48x64", **changes: object) -> Settings:
+    rows, columns = map(int, shapes.split("x"))
+    return Settings([(rows, columns)], [0.5, 0.8], [4], **changes)  # type: ignore[arg-type]
+
+
+def test_a_row_holds_what_was_measured() -> None:
+    report = measure(settings(), CountingMeter(), command="flash-llm bench kernels")
+    row = report["results"][0]
+    assert (row["rows"], row["columns"], row["sparsity"], row["n"], row["dtype"]) == (48, 64, 0.5, 4, "float16")
+    assert (row["us"], row["dense_us"], row["dense_linear_us"], row["dense_mm_us"]) == (10.0, 20.0, 30.0, 20.0)
+    assert row["speedup"] == 2.0
+    packed_bytes = row["bytes_an_element"] * 48 * 64
+    assert row["bytes_moved"] == pytest.approx(packed_bytes + 2 * 4 * (48 + 64))
+    assert row["gigabytes_a_second"] == pytest.approx(row["bytes_moved"] / 10e-6 * 1e-9)
+    assert row["bandwidth_share"] == pytest.approx(row["bytes_moved"] / 10e-6 / BANDWIDTH)
+    assert row["rotated_bytes"] == pytest.approx(3 * packed_bytes)
+    assert 0 < row["relative_error"] < 1e-3
+    assert [mean["sparsity"] for mean in report["means"]] == [0.5, 0.8]
+    assert report["environment"]["command"] == "flash-llm bench kernels"
+    assert report["not_measured"] == []
+    json.dumps(report, allow_nan=False)
+
+
+def test_every_copy_has_its_turn() -> None:
+    assert timing.copies(100_000_000) == 3  # as patched: 4 without
+    assert timing.launches(3) == 8
+    assert timing.launches(30) == 30
+    meter = CountingMeter()
+    measure(settings(), meter)
+    assert set(meter.launches) == {8}
+
+
+def test_unchecked_results_say_so() -> None:
+    assert measure(settings(check=False), CountingMeter())["results"][0]["relative_error"] is None
+
+
+def test_a_wrong_kernel_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.linear
+    monkeypatch.setattr(kernels.ops, "linear", lambda x, weight: right(x, weight) * math.nan)
+    with pytest.raises(KernelError, match=r"48x64, n=4.* is wrong"):
+        measure(settings(), CountingMeter())
+
+
+def test_out_of_time_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.0, 1.0, 2.0, 11.0, 12.0])
+    monkeypatch.setattr(kernels.time, "monotonic", lambda: next(seconds))
+    report = measure(settings(time_limit=10), CountingMeter())
+    assert [row["sparsity"] for row in report["results"]] == [0.5]
+    assert report["not_measured"] == [{"rows": 48, "columns": 64, "sparsity": 0.8, "why": "the time limit of 10 s"}]
+
+
+def test_out_of_memory_goes_on_with_the_next_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = kernels._dense
+
+    def scarce(run: object, shape: tuple[int, int], *rest: object) -> object:
+        if shape == (48, 64):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(run, shape, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kernels, "_dense", scarce)
+    report = measure(Settings([(48, 64), (64, 32)], [0.5], [1]), CountingMeter())
+    assert [(row["rows"], row["columns"]) for row in report["results"]] == [(64, 32)]
+    assert [case["why"] for case in report["not_measured"]] == ["out of GPU memory"]
+
+
+def test_a_peer_that_refuses_is_noted_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fine:
+        nbytes = 10**9
+
+        def __init__(self, weight: torch.Tensor) -> None:
+            self.weight = weight
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.weight)
+
+    def refuse(weight: torch.Tensor) -> Fine:
+        raise RuntimeError("no such\nlayout")
+
+    monkeypatch.setattr(kernels, "PEERS", {"fine": Fine, "none": refuse})
+    report = measure(settings(peers=True), CountingMeter())
+    assert len(report["results"]) == 2
+    fine, refused = (report["results"][0]["peers"][name] for name in ("fine", "none"))
+    assert (fine["us"], fine["speedup"]) == (40.0, 0.5)
+    assert fine["relative_error"] < 1e-3
+    assert refused == {"refused": "RuntimeError: no such layout"}
+    assert report["means"][0]["peers"] == {"fine": {"shapes": 1, "speedup": pytest.approx(0.5)}}
+
+
+def test_the_command_prints_and_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "CudaMeter", CountingMeter)
+    words = ["--shapes", "32x64,48x64", "--sparsity", "0.5,0.75", "--n", "1,4", "--peers", "--no-plot"]
+    result = CliRunner().invoke(app, ["bench", "kernels", *words, "--out", str(tmp_path / "new" / "out")])
+    assert result.exit_code == 0, result.output
+    assert "48x64, 4" in result.stdout
+    assert "2:4 and CSR refused 8 of 8" in result.stdout  # there is none on a CPU
+    report = json.loads((tmp_path / "new" / "out" / "kernels.json").read_text())
+    assert len(report["results"]) == 8
+    assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == ["kernels.csv", "kernels.json"]
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"float32.*float16 or torch.bfloat16"):
+        settings(dtype=torch.float32)
+    for limit in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="more than 0"):
+            settings(time_limit=limit)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_command_on_a_gpu(tmp_path: Path, dtype: str) -> None:
+    words = ["bench", "kernels", "--shapes", "1024x2048", "--sparsity", "0.6", "--n", "1,16", "--peers"]
+    result = CliRunner().invoke(app, [*words, "--dtype", dtype, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "kernels.json").read_text())
+    assert [row["n"] for row in report["results"]] == [1, 16]
+    assert all(row["us"] > 0 and row["dense_us"] > 0 and set(row["peers"]) for row in report["results"])
+    assert report["environment"]["gpu"] == torch.cuda.get_device_name()
