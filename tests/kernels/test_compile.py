@@ -55,7 +55,7 @@ QUICK = [
 ]
 
 
-KNOWN_SPILLS = {("sm_90a", 8), ("sm_100a", 7), ("sm_100a", 8)}
+KNOWN_SPILLS = {("sm_90a", 8)}
 """(architecture, TILE_WORDS) that spill some bytes at 64 rows of X, with 12 warps that hold 12 packets each."""
 
 

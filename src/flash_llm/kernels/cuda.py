@@ -56,6 +56,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x, unpack(weight), bias)
     y = x.new_empty(flat.shape[0], rows)
     flat = _readable(flat)
+    bias = None if bias is None else bias.contiguous()
     for first in range(0, flat.shape[0], plan.MAX_N):
         _spmm(flat[first : first + plan.MAX_N], weight, bias, y[first : first + plan.MAX_N])
     return y.view(*x.shape[:-1], rows)
@@ -172,7 +173,8 @@ def _readable(x: Tensor) -> Tensor:
     """x [n, K], or a copy of it that the kernel can read in aligned pieces of 8 elements within a row."""
     n, columns = x.shape
     aligned = x.data_ptr() % 16 == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and columns % 8 == 0
-    if aligned or n == 0:
+    apart = n == 1 or x.stride(0) >= columns  # rows may overlap or repeat, as expand makes them
+    if n == 0 or (aligned and apart):
         return x
     return torch.nn.functional.pad(x, (0, -columns % 8)) if columns % 8 else x.contiguous().clone()
 

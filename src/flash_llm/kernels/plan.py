@@ -113,7 +113,7 @@ def spmm_plan(
 
 def _best_warps(hopper: bool, n_blocks: int, tile_words: int) -> int:
     """Warps of a block that were found quickest on an H100, and that leave each the registers it needs."""
-    if tile_words > 8 and n_blocks == 8:
+    if n_blocks == 8 and tile_words > (8 if hopper else 6):
         return 8
     return 12 if hopper or tile_words > 8 or n_blocks > 2 else 16
 
