@@ -23,6 +23,7 @@ from rich.progress import track
 from torch import Tensor
 
 from flash_llm.errors import CheckpointError, FormatError
+from flash_llm.files import write_json
 from flash_llm.folder import (
     CONFIG,
     ModelFolder,
@@ -35,7 +36,6 @@ from flash_llm.folder import (
     parse_size,
     read_config,
     read_json,
-    write_json,
 )
 from flash_llm.nn import BUFFERS, DEFAULT_SKIP, CompressReport
 from flash_llm.tensor import PackedWeight, checksum, empty_state

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flash_llm.errors import CheckpointError
+from flash_llm.files import write_json
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -213,16 +214,6 @@ def read_config(path: Path) -> dict[str, Any]:
         return read_json(file)
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged ({error}); copy or make it again") from error
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

@@ -99,14 +99,6 @@ def test_files_hold_the_whole_report(report: dict[str, Any], tmp_path: Path) -> 
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_bytes(b"old")
-    monkeypatch.setattr(reports.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
-    with pytest.raises(OSError, match="disk"):
-        reports.write_whole(tmp_path / "file", b"new")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
-
-
 def test_a_figure_that_is_no_number_is_never_written(report: dict[str, Any], tmp_path: Path) -> None:
     report["results"][0]["us"] = math.nan
     with pytest.raises(ValueError, match="JSON compliant"):

@@ -11,6 +11,7 @@ from multiprocessing import get_context
 
 import pytest
 
+import devices
 from flash_llm.kernels import build, plan
 from flash_llm.tensor.layout import LANE_CAPACITY, LANES, PACKET_VALUES, TILE_WORDS, WORD_BITS
 
@@ -19,14 +20,8 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings isn't installed
 
 Configuration = tuple[str, tuple[tuple[str, int], ...], str]
 
-DEVICES = {
-    "sm_80": plan.Device((8, 0), 108, 166912),
-    "sm_86": plan.Device((8, 6), 84, 101376),
-    "sm_89": plan.Device((8, 9), 142, 101376),
-    "sm_90a": plan.Device((9, 0), 132, 232448),
-    "sm_100a": plan.Device((10, 0), 148, 232448),
-    "sm_120a": plan.Device((12, 0), 170, 101376),
-}
+NAMES = {"sm_80": "A100", "sm_86": "A10", "sm_89": "L40S", "sm_90a": "H100", "sm_100a": "B200", "sm_120a": "RTX 5090"}
+DEVICES = {arch: devices.DEVICES[name] for arch, name in NAMES.items()}
 ROWS = COLUMNS = 7168
 
 

@@ -8,17 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from devices import DEVICES
 from flash_llm.kernels import plan
 from flash_llm.tensor.layout import LANE_CAPACITY, LANES, PACKET_VALUES, TILE_WORDS, grid
 
-DEVICES = {
-    "A100": plan.Device((8, 0), 108, 166912),
-    "A10": plan.Device((8, 6), 72, 101376),
-    "L40S": plan.Device((8, 9), 142, 101376),
-    "H100": plan.Device((9, 0), 132, 232448),
-    "B200": plan.Device((10, 0), 148, 232448),
-    "RTX 5090": plan.Device((12, 0), 170, 101376),
-}
 MOST = LANE_CAPACITY // PACKET_VALUES
 
 

@@ -106,12 +106,13 @@ def report(
       flash-llm bench report results/kernels.json --plot kernels.png
     """
     from flash_llm.bench import report as reports
+    from flash_llm.files import write_whole
 
     read = reports.read(file)
     if csv is not None:
-        reports.write_whole(csv, reports.csv_text(read).encode())
+        write_whole(csv, reports.csv_text(read).encode())
     if plot is not None:
-        reports.write_whole(plot, reports.plot(read))
+        write_whole(plot, reports.plot(read))
     if markdown:
         print(reports.markdown(read), end="")
     else:

@@ -10,7 +10,6 @@ import csv
 import importlib.util
 import io
 import json
-import os
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from flash_llm.files import write_whole
 
 Report = dict[str, Any]
 Row = dict[str, Any]
@@ -204,16 +205,6 @@ def write(report: Report, folder: Path, *, with_plot: bool) -> list[Path]:
         write_whole(folder / "kernels.png", plot(report))
         return [*files, folder / "kernels.png"]
     return list(files)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes the whole file or none of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def can_plot() -> bool:

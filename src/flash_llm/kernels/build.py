@@ -11,12 +11,12 @@ import functools
 import hashlib
 import io
 import os
-import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from flash_llm.errors import KernelError
+from flash_llm.files import write_whole
 
 _MISSING = (
     "GPU kernels are compiled when they are first used, and {what} is needed for that but can't be imported ({error}). "
@@ -47,7 +47,7 @@ def compile_kernel(source: str, defines: tuple[tuple[str, int], ...], arch: str)
     """
     path = cache_dir() / f"{Path(source).stem}-{arch}-{_digest(source, defines, arch)}.cubin"
     if not path.exists():
-        _write_atomically(path, compile_cubin(source, defines, arch)[0])
+        _keep(path, compile_cubin(source, defines, arch)[0])
     return path
 
 
@@ -109,17 +109,10 @@ def _digest(source: str, defines: tuple[tuple[str, int], ...], arch: str) -> str
     return digest.hexdigest()[:20]
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def _keep(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, content)
     except OSError as error:
         raise KernelError(
             f"compiled kernels can't be kept in {path.parent}: {error}. Set FLASH_LLM_CACHE_DIR to a folder that can "

@@ -1,11 +1,9 @@
-"""Files written whole or not at all."""
+"""Safetensors files: written whole or not at all, and measured."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,10 +21,3 @@ def data_bytes(path: Path) -> int:
     """Bytes of all tensors in a safetensors file: what follows the header, whose length stands first."""
     with path.open("rb") as file:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

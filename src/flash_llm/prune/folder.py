@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flash_llm.errors import CheckpointError
+from flash_llm.files import write_json
 from flash_llm.prune import magnitude, wanda  # noqa: F401  importing a method registers it
 from flash_llm.prune.calibration import CalibrationConfig, digest, load_windows
-from flash_llm.prune.files import data_bytes, write_json, write_tensors
+from flash_llm.prune.files import data_bytes, write_tensors
 from flash_llm.prune.job import Job
 from flash_llm.prune.method import METHODS, Pruner
 from flash_llm.prune.skeleton import Skeleton

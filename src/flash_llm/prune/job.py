@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flash_llm.errors import CheckpointError
-from flash_llm.prune.files import write_json, write_tensors
+from flash_llm.files import write_json
+from flash_llm.prune.files import write_tensors
 
 
 class Job:

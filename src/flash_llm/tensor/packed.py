@@ -143,21 +143,14 @@ class PackedWeight:
 
     def _rows(self, start: int, stop: int) -> PackedWeight:
         first, last = start // STRIP_ROWS, -(-stop // STRIP_ROWS)
-        tiles = grid(*self.shape, self.tile_words)[2]
-        begin, end = (int(self.offsets[i * tiles]) for i in (first, last))
-        strips = replace(
-            self,
-            shape=(min(last * STRIP_ROWS, self.shape[0]) - first * STRIP_ROWS, self.shape[1]),
-            bitmap=self.bitmap[first:last].clone(),
-            values=self.values[begin * PACKET_VALUES : end * PACKET_VALUES].clone(),
-            offsets=self.offsets[first * tiles : last * tiles + 1] - begin,
-            checksum=None,
-        )
+        strips = self._strips(first, last)
         aligned = start % STRIP_ROWS == 0 and (stop % STRIP_ROWS == 0 or stop == self.shape[0])
         counts = _pack.word_counts(strips.bitmap)
         if aligned and _pack.choose_tile_words(counts) == self.tile_words:
             most = int(_pack.tile_counts(counts, self.tile_words).max())
             strips = replace(strips, max_packets=-(-most // PACKET_VALUES))
+            # Copies: a view would keep the whole weight in memory.
+            strips = replace(strips, bitmap=strips.bitmap.clone(), values=strips.values.clone())
             return replace(strips, checksum=strips._checksum())
         top = first * STRIP_ROWS
         return PackedWeight.from_dense(strips.to_dense()[start - top : stop - top])
@@ -165,18 +158,17 @@ class PackedWeight:
     def _columns(self, start: int, stop: int) -> PackedWeight:
         parts = []
         for first, last in _pack.strip_chunks(*self.shape, self.device):
-            rows = (first * STRIP_ROWS, min(last * STRIP_ROWS, self.shape[0]))
-            parts.append(self._strips(first, last, rows[1] - rows[0]).to_dense()[:, start:stop].clone())
+            parts.append(self._strips(first, last).to_dense()[:, start:stop].clone())
         return PackedWeight.from_dense(torch.cat(parts))
 
-    def _strips(self, first: int, last: int, rows: int) -> PackedWeight:
-        """A view of some strips."""
+    def _strips(self, first: int, last: int) -> PackedWeight:
+        """A view of strips ``first`` to ``last - 1``."""
         tiles = grid(*self.shape, self.tile_words)[2]
         offsets = self.offsets[first * tiles : last * tiles + 1]
         begin, end = int(offsets[0]), int(offsets[-1])
         return replace(
             self,
-            shape=(rows, self.shape[1]),
+            shape=(min(last * STRIP_ROWS, self.shape[0]) - first * STRIP_ROWS, self.shape[1]),
             bitmap=self.bitmap[first:last],
             values=self.values[begin * PACKET_VALUES : end * PACKET_VALUES],
             offsets=offsets - begin,
