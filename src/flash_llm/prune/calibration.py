@@ -64,11 +64,7 @@ def load_windows(config: CalibrationConfig, tokenizer: Any) -> Tensor:
         ValueError: too little text, or a file that is no text.
     """
     needed = config.samples * config.seqlen
-    path = Path(config.source)
-    if path.is_file() or config.source.endswith(_FILE_ENDINGS):
-        ids = _tokenise(list(_pieces(load_text(path))), tokenizer)
-    else:
-        ids = _from_dataset(config, tokenizer, needed)
+    ids = load_ids(config.source, tokenizer, needed, config.seed)
     if len(ids) < needed:
         raise ValueError(
             f"{config.source} has {len(ids)} tokens, but {config.samples} samples of {config.seqlen} need {needed}: "
@@ -77,6 +73,24 @@ def load_windows(config: CalibrationConfig, tokenizer: Any) -> Tensor:
     windows = torch.tensor(ids, dtype=torch.int64)[: len(ids) // config.seqlen * config.seqlen].view(-1, config.seqlen)
     generator = torch.Generator().manual_seed(config.seed)
     return windows[torch.randperm(len(windows), generator=generator)[: config.samples]].clone()
+
+
+def load_ids(source: str, tokenizer: Any, needed: int, seed: int) -> list[int]:
+    """Token ids of a text, without special tokens.
+
+    Args:
+        source: a text file or a data set, as in :class:`CalibrationConfig`.
+        tokenizer: the model's tokenizer.
+        needed: tokens after which reading of a data set ends; a file is read as a whole.
+        seed: of the order of a data set's documents.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as :func:`load_windows`.
+    """
+    path = Path(source)
+    if path.is_file() or source.endswith(_FILE_ENDINGS):
+        return _tokenise(list(_pieces(load_text(path))), tokenizer)
+    return _from_dataset(source, tokenizer, needed, seed)
 
 
 def digest(windows: Tensor) -> str:
@@ -99,21 +113,21 @@ def _tokenise(texts: list[str], tokenizer: Any) -> list[int]:
     return list(chain.from_iterable(ids))
 
 
-def _from_dataset(config: CalibrationConfig, tokenizer: Any, needed: int) -> list[int]:
+def _from_dataset(source: str, tokenizer: Any, needed: int, seed: int) -> list[int]:
     """Ids of as many documents of a data set, shuffled by the seed, as are needed. It is streamed, not downloaded."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"Calibration source {config.source!r} is no file, and data sets need the datasets library: "
+            f"Source {source!r} of text is no file, and data sets need the datasets library: "
             "name a text file, or pip install 'flash-llm[datasets]'."
         ) from error
-    name, subset, split = [*config.source.split(":"), "", ""][:3]
+    name, subset, split = [*source.split(":"), "", ""][:3]
     documents = load_dataset(name, subset or None, split=split or "train", streaming=True)
     ids: list[int] = []
-    for document in documents.shuffle(seed=config.seed, buffer_size=10_000):
+    for document in documents.shuffle(seed=seed, buffer_size=10_000):
         if not isinstance(document.get("text"), str):
-            raise ValueError(f"Data set {config.source!r} has no column of strings named text, but {sorted(document)}.")
+            raise ValueError(f"Data set {source!r} has no column of strings named text, but {sorted(document)}.")
         ids += _tokenise([document["text"] + "\n\n"], tokenizer)
         if len(ids) >= needed:
             break

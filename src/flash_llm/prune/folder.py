@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flash_llm.errors import CheckpointError
 from flash_llm.files import write_json
-from flash_llm.prune import magnitude, wanda  # noqa: F401  importing a method registers it
+from flash_llm.prune import alps, magnitude, sparsegpt, wanda  # noqa: F401  importing a method registers it
 from flash_llm.prune.calibration import CalibrationConfig, digest, load_windows
 from flash_llm.prune.files import data_bytes, write_tensors
 from flash_llm.prune.job import Job
@@ -31,7 +31,7 @@ from flash_llm.prune.statistics import Collector, Statistics
 from flash_llm.prune.walk import Walk
 
 RECORD = "pruning.json"
-_RECORD_VERSION = 1
+RECORD_VERSION = 1
 # Config, tokenizer and the file system's own needs.
 _SPARE_BYTES = 64 << 20
 
@@ -374,7 +374,7 @@ def _complete(
     )
     weights = sum(torch.Size(layer.shape).numel() for layer in layers.values())
     zeros = sum(layer.zeros for layer in layers.values())
-    record = {"version": _RECORD_VERSION, **settings, "weights": weights, "zeros": zeros, "warnings": notes}
+    record = {"version": RECORD_VERSION, **settings, "weights": weights, "zeros": zeros, "warnings": notes}
     for file in source.side_files():
         shutil.copyfile(file, job.model / file.name)
     write_json(job.model / RECORD, record | {"layers": {name: asdict(layer) for name, layer in layers.items()}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,19 @@ class SourceFolder:
     def names(self) -> list[str]:
         """Names of all tensors, in the order of the shards."""
         return list(self._shard_of)
+
+    @property
+    def shards(self) -> dict[str, list[str]]:
+        """The safetensors files, and the names of the tensors in each."""
+        shards: dict[str, list[str]] = {}
+        for name, shard in self._shard_of.items():
+            shards.setdefault(shard, []).append(name)
+        return shards
+
+    def copy_index(self, target: Path) -> None:
+        """Copy the index of the shards into a folder that has the same ones, if there is one."""
+        if (self.folder / _INDEX).is_file():
+            shutil.copyfile(self.folder / _INDEX, target / _INDEX)
 
     @property
     def nbytes(self) -> int:
