@@ -27,6 +27,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from flash_llm.bench import cli as bench
+from flash_llm.capacity import cli as capacity
 from flash_llm.errors import FlashLLMError
 
 if TYPE_CHECKING:
@@ -421,6 +422,9 @@ def verify(
         accept(model)
     tensors = verify_folder(model)
     print(f"{model}: {tensors} tensors and config.json are as they were written")
+
+
+_verb(capacity.plan)
 
 
 @_verb

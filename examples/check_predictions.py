@@ -1,0 +1,214 @@
+"""The planner's predictions against what was measured; `--fit` makes its efficiencies anew from the measurements.
+
+    python examples/check_predictions.py           # the tables of docs/hardware.md
+    python examples/check_predictions.py --fit     # writes src/flash_llm/capacity/efficiency.json
+
+Measurements: docs/results/kernels-h100.json (`flash-llm bench kernels`), vllm-dense-h100.json (dense models in vLLM)
+and, if it is there, machine-h100.json (`flash-llm bench machine`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flash_llm.capacity import fit
+from flash_llm.capacity.efficiency import FILE, Efficiency, Engine, efficiency
+from flash_llm.capacity.gpus import GPUS, find_gpu, read_machine
+from flash_llm.capacity.models import ModelShape, load_model
+from flash_llm.capacity.plan import Workload, cache_room, speed, weights_bytes
+from flash_llm.capacity.roofline import Rates, Roofline, rates
+from flash_llm.capacity.sizes import Format, packed_nbytes
+from flash_llm.files import write_json
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+ASSUMED_MATRIX_SHARE = 0.7
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fit", action="store_true", help="fit the efficiencies and write them")
+    if parser.parse_args().fit:
+        write_json(FILE, fitted().to_dict())
+        print(f"wrote {FILE}")
+    else:
+        print(tables(), end="")
+
+
+def read(name: str) -> dict[str, Any]:
+    """A file of measurements."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def fitted() -> Efficiency:
+    """Efficiencies from all measurements."""
+    kernels, engine = read("kernels-h100.json"), read("vllm-dense-h100.json")
+    bandwidth, gpu = kernels["read_bandwidth"], kernels["environment"]["gpu"]
+    name, share = fit.reference_shares(bandwidth, gpu)
+    machine = RESULTS / "machine-h100.json"
+    measured = read_machine(machine) if machine.is_file() else None
+    matrix = measured.matrix_rate / GPUS[name].matrix_rate if measured else ASSUMED_MATRIX_SHARE
+    known = Efficiency(
+        reference=name,
+        read_share=share,
+        matrix_share=round(matrix, 4),
+        launch_us=measured.launch_us if measured else None,
+        sparse=fit.fit_sparse(kernels["results"], bandwidth),
+        dense=fit.fit_dense(kernels["results"], bandwidth),
+        engine=Engine(1.0, 1.0, 1.0, 1.0, 1.0),
+        basis=basis(measured is not None),
+    )
+    return replace(
+        known, engine=fit.fit_engine(engine["results"], models(engine), rates(GPUS[name], None, known), known)
+    )
+
+
+def basis(machine: bool) -> dict[str, str]:
+    """What stands behind each figure."""
+    return {
+        "read_share": "measured on one H100 SXM; assumed for all other GPUs",
+        "matrix_share": "measured on one H100 SXM; assumed for all other GPUs" if machine else "assumed",
+        "sparse": "fitted to the sparse kernel on one H100 SXM, up to 64 rows of x; elsewhere predicted from "
+        "bandwidth, multiprocessors and clock; more rows, and unpacking: predicted",
+        "dense": "fitted to cuBLAS on one H100 SXM, up to 64 rows of x; elsewhere predicted",
+        "engine.layer_us, kv_read": "fitted to vLLM on one H100 SXM; elsewhere predicted",
+        "engine.fp8_read, int4_read": "fitted to vLLM on one H100 SXM, where it only reads; elsewhere predicted",
+        "engine.all_reduce_us": "fitted to vLLM on two H100 SXM; four times as much over PCIe is assumed",
+        "memory": "that all but 1.8 GiB of the share asked for is free for weights and KV cache is the mean of four "
+        "models in vLLM on H100s; the share of a GPU's published memory that a program finds is assumed",
+    }
+
+
+@functools.cache
+def shape(name: str) -> ModelShape:
+    """A built-in model, built once."""
+    return load_model(name)
+
+
+def models(report: dict[str, Any]) -> dict[str, ModelShape]:
+    """Those of the engine's rows."""
+    return {name: shape(name) for name in sorted({row["model"] for row in report["results"]})}
+
+
+def tables() -> str:
+    """The tables of docs/hardware.md, in Markdown."""
+    kernels, engine = read("kernels-h100.json"), read("vllm-dense-h100.json")
+    gpu = find_gpu(kernels["environment"]["gpu"])
+    parts = [
+        "### The sparse kernel",
+        *kernel_table(kernels, rates(gpu)),
+        "",
+        "### Decode steps in vLLM",
+        *engine_table(engine, rates(gpu)),
+        "",
+        "### Memory in vLLM",
+        *memory_table(engine, rates(gpu)),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def kernel_table(report: dict[str, Any], on: Rates) -> list[str]:
+    """Mean and worst error of time and bytes for each number of rows of x and share of zeros."""
+    nothing = ModelShape("", 0, (), (0, 0), 0, (), 1, 0, None)
+    line = Roofline(nothing, on, 1, efficiency())
+    lines = [
+        "",
+        "| N | zeros | shapes | time: mean error | worst | worst is | packed bytes: worst error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    cases = sorted({(row["n"], row["sparsity"]) for row in report["results"]})
+    for n, sparsity in cases:
+        rows = [row for row in report["results"] if (row["n"], row["sparsity"]) == (n, sparsity)]
+        form = Format("sparse", sparsity)
+        times = [line.matrix_us(form, row["rows"], row["columns"], n) / row["us"] - 1 for row in rows]
+        sizes = [packed_nbytes(row["rows"], row["columns"], sparsity) / real_bytes(row) - 1 for row in rows]
+        worst = max(range(len(rows)), key=lambda i: abs(times[i]))
+        where = f"{rows[worst]['rows']}x{rows[worst]['columns']}"
+        mean = statistics.mean(map(abs, times))
+        lines.append(
+            f"| {n} | {sparsity:.0%} | {len(rows)} | {mean:.1%} | {times[worst]:+.1%} | {where} | "
+            f"{max(sizes, key=abs):+.2%} |"
+        )
+    return lines
+
+
+def real_bytes(row: Row) -> float:
+    """Bytes of a measured packed weight."""
+    return row["bytes_an_element"] * row["rows"] * row["columns"]
+
+
+def engine_table(report: dict[str, Any], on: Rates) -> list[str]:
+    """Every measured row: steps as fitted, steps with this row left out of the fit, and tokens a GPU-second."""
+    known, shapes = efficiency(), models(report)
+    lines = [
+        "",
+        "| model | precision | GPUs | batch | step, measured | predicted | error | left out of the fit | "
+        "tokens a GPU-second, measured | predicted | error |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for i, row in enumerate(report["results"]):
+        others = report["results"][:i] + report["results"][i + 1 :]
+        without = replace(known, engine=fit.fit_engine(others, shapes, on, known))
+        step, blind = (step_ms(row, shapes, on, how) for how in (known, without))
+        tokens = throughput(row, shapes, on, known)
+        cells: Iterable[str] = (
+            row["model"],
+            row["precision"],
+            str(row["gpus"]),
+            str(row["batch"]),
+            f"{row['decode_step_ms']:.1f} ms",
+            f"{step:.1f} ms",
+            f"{step / row['decode_step_ms'] - 1:+.1%}",
+            f"{blind / row['decode_step_ms'] - 1:+.1%}",
+            f"{row['tokens_per_gpu_second']}",
+            f"{tokens:.0f}",
+            f"{tokens / row['tokens_per_gpu_second'] - 1:+.1%}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def step_ms(row: Row, shapes: dict[str, ModelShape], on: Rates, known: Efficiency) -> float:
+    """Predicted milliseconds of a decode step."""
+    line = Roofline(shapes[row["model"]], on, row["gpus"], known)
+    return line.step_us(fit.FORMS[row["precision"]], row["batch"], fit.mean_context(row)) * 1e-3
+
+
+def throughput(row: Row, shapes: dict[str, ModelShape], on: Rates, known: Efficiency) -> float:
+    """Predicted tokens a GPU-second."""
+    line = Roofline(shapes[row["model"]], on, row["gpus"], known)
+    workload = Workload(row["input_len"], row["output_len"])
+    return speed(line, fit.FORMS[row["precision"]], row["batch"], workload).tokens_per_gpu_second
+
+
+def memory_table(report: dict[str, Any], on: Rates) -> list[str]:
+    """Weights and room for the KV cache on each GPU."""
+    shapes = models(report)
+    lines = [
+        "",
+        "| model | precision | GPUs | weights a GPU, measured | predicted | error | KV cache, measured | predicted | "
+        "error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in {(row["model"], row["precision"]): row for row in report["results"]}.values():
+        model, form = shapes[row["model"]], fit.FORMS[row["precision"]]
+        weights = weights_bytes(model, form, row["gpus"]) / 2**30
+        a_token = 2 * sum(cache.elements(1, row["gpus"]) for cache in model.caches)
+        tokens = cache_room(model, on, form, row["gpus"], report["memory_share"]) / a_token
+        lines.append(
+            f"| {row['model']} | {row['precision']} | {row['gpus']} | {row['weights_gib_a_gpu']:.1f} GiB | "
+            f"{weights:.1f} GiB | {weights / row['weights_gib_a_gpu'] - 1:+.1%} | {row['kv_tokens']:,} tokens | "
+            f"{tokens:,.0f} tokens | {tokens / row['kv_tokens'] - 1:+.1%} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()
