@@ -1,0 +1,79 @@
+"""Random packed weights made without a dense matrix: for measuring models whose weights nobody has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_llm.tensor import pack as _pack
+from flash_llm.tensor.layout import LANES, PACKET_VALUES, STRIP_ROWS, VALUE_DTYPES, grid
+from flash_llm.tensor.packed import PackedWeight
+
+_DIGITS = 12
+_RANGE = 1e-3
+
+
+def random_packed(
+    rows: int,
+    columns: int,
+    sparsity: float,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    generator: torch.Generator | None = None,
+) -> PackedWeight:
+    """A [rows, columns] weight with that share of zeros at random places, and values in +-0.001.
+
+    Made in the packed form: memory stays near the result's own, and a matrix of OPT-175B takes milliseconds on a GPU.
+    The share of zeros is met but for chance and rounding to 1/4096. Unlike in a weight that was packed, what fills up
+    packets is random too; readers ignore it.
+
+    Args:
+        generator: of ``device``; None takes torch's own.
+
+    Raises:
+        ValueError: a size below 1, or a sparsity that is not from 0 up to, not including, 1.
+        TypeError: a dtype that weights can't be packed in.
+    """
+    if rows < 1 or columns < 1:
+        raise ValueError(f"{rows} x {columns}: a weight has at least one row and one column")
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity}: it takes a number from 0 up to, not including, 1")
+    if dtype not in VALUE_DTYPES:
+        raise TypeError(f"weights of {dtype} can't be packed; take float16 or bfloat16")
+    device = torch.device(device)
+    strips, words, _ = grid(rows, columns, 1)
+    bitmap = _random_bits((strips, words, LANES), 1 - sparsity, device, generator)
+    _clear_margins(bitmap, rows, columns)
+    counts = _pack.word_counts(bitmap)
+    tile_words = _pack.choose_tile_words(counts)
+    packets = _pack._packets(_pack.tile_counts(counts, tile_words))
+    offsets = torch.zeros(packets.shape[0] * packets.shape[1] + 1, dtype=torch.int64, device=device)
+    torch.cumsum(packets.sum(-1).flatten(), 0, out=offsets[1:])
+    values = torch.empty(int(offsets[-1]) * PACKET_VALUES, dtype=dtype, device=device)
+    values.uniform_(-_RANGE, _RANGE, generator=generator)
+    return PackedWeight((rows, columns), bitmap, values, offsets.to(torch.int32), tile_words, int(packets.max()))
+
+
+def _random_bits(
+    shape: tuple[int, ...], share: float, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """int32 words whose bits are 1 with probability ``share``.
+
+    Digit by digit of the share in base 2, from the last: OR with random bits halves the way to 1, AND the way to 0.
+    """
+    digits = min(max(round(share * 2**_DIGITS), 1), 2**_DIGITS)
+    if digits == 2**_DIGITS:
+        return torch.full(shape, -1, dtype=torch.int32, device=device)
+    words = torch.zeros(shape, dtype=torch.int32, device=device)
+    for digit in range(_DIGITS):
+        random = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device, generator=generator)
+        words = words | random if digits >> digit & 1 else words & random
+    return words
+
+
+def _clear_margins(bitmap: Tensor, rows: int, columns: int) -> None:
+    """Clears, in place, bits below the last row and right of the last column, with the bitmaps of matrices of ones."""
+    wide = torch.ones(STRIP_ROWS, columns, dtype=torch.float16, device=bitmap.device)
+    bitmap &= PackedWeight.from_dense(wide).bitmap
+    if rows % STRIP_ROWS:
+        bitmap[-1:] &= PackedWeight.from_dense(wide[: rows % STRIP_ROWS]).bitmap
