@@ -22,7 +22,7 @@ from flash_llm import environment
 from flash_llm.cli import app
 
 WORDS = [f"word{i}" for i in range(60)]
-VERBS = ("prune", "compress", "decompress", "generate", "evaluate", "inspect", "verify", "env")
+VERBS = ("prune", "compress", "decompress", "generate", "evaluate", "inspect", "verify", "plan", "env")
 
 
 def run(*args: object) -> Any:

@@ -28,6 +28,7 @@ from typer.core import TyperGroup
 
 from flash_llm.bench import cli as bench
 from flash_llm.capacity import cli as capacity
+from flash_llm.cli_retrain import retrain
 from flash_llm.errors import FlashLLMError
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def _top(
 def prune(
     model: Annotated[Path, typer.Argument(help="Dense model folder.")],
     out: Out,
-    method: Annotated[str, typer.Option(help='"wanda" or "magnitude".')] = "wanda",
+    method: Annotated[str, typer.Option(help='"magnitude", "wanda", "sparsegpt" or "alps": from quick to good.')] = "wanda",
     sparsity: Annotated[float, typer.Option(help="Share of weights to drop: 0 up to, not including, 1.")] = 0.5,
     calibration: Annotated[
         str | None,
@@ -237,7 +238,7 @@ def prune(
     if compress:
         _require_free(out)
         target = out.with_name(f"{out.name}.pruned")
-    device = _device(device)
+    device = usable_device(device)
     report = prune_folder(
         model,
         target,
@@ -284,7 +285,7 @@ def compress(
       flash-llm compress PRUNED --out SMALL
       flash-llm compress PRUNED --skip 'layers\\.0\\.' --out SMALL
     """
-    _compress(model, out, device=_device(device), dtype=dtype, skip=skip, min_sparsity=min_sparsity)
+    _compress(model, out, device=usable_device(device), dtype=dtype, skip=skip, min_sparsity=min_sparsity)
     print(out)
 
 
@@ -425,6 +426,7 @@ def verify(
 
 
 _verb(capacity.plan)
+_verb(retrain)
 
 
 @_verb
@@ -531,7 +533,7 @@ def _require_free(out: Path) -> None:
         raise FileExistsError(f"{out} exists and is not an empty folder: name another, or remove it")
 
 
-def _device(device: str) -> str:
+def usable_device(device: str) -> str:
     """The device that "auto" stands for, or the one asked for, if it is there."""
     import torch
 
@@ -561,7 +563,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _load(folder: Path, device: str, dtype: Dtype) -> tuple[Any, Any]:
     """A model, compressed or dense, ready to run, and its tokenizer."""
-    device = _device(device)
+    device = usable_device(device)
     if not (folder / "config.json").is_file():
         what = "has no config.json: it is no model folder" if folder.is_dir() else "is no folder"
         raise FileNotFoundError(f"{folder} {what}; a Hugging Face model must be downloaded first")

@@ -32,7 +32,7 @@ class Dtype(str, Enum):
 def make_app(guard: Callable[[Verb], Verb]) -> typer.Typer:
     """The group of verbs; ``guard`` makes an exception a line and an exit code, as for every other verb."""
     app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Measure speed, and make tables and plots.")
-    for verb in (kernels, report):
+    for verb in (kernels, machine, report):
         app.command(name=verb.__name__)(guard(verb))
     return app
 
@@ -89,6 +89,38 @@ def kernels(
             _say(f"wrote {path}")
         if not with_plot and plot is None:
             _say("no plot: matplotlib isn't installed (pip install 'flash-llm[bench]')")
+
+
+def machine(
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSON file to write. Default: where `flash-llm plan` finds it.")
+    ] = None,
+) -> None:
+    """Measure this GPU: read bandwidth, matrix rate, cost of a launch. `flash-llm plan` then uses that.
+
+    \b
+    Examples:
+      flash-llm bench machine
+      flash-llm bench machine --out h100.json
+      flash-llm plan opt-66b --machine h100.json
+    """
+    import torch
+
+    from flash_llm.bench.machine import measure
+    from flash_llm.bench.timing import CudaMeter
+    from flash_llm.capacity.cli import machine_file
+    from flash_llm.files import write_json
+
+    meter = CudaMeter()
+    measured = measure(meter, torch.cuda.get_device_properties(meter.device), command=_command())
+    path = out or machine_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, measured)
+    print(
+        f"{measured['gpu']}: reads {measured['read_bandwidth'] * 1e-12:.2f} TB/s, multiplies "
+        f"{measured['matrix_rate'] * 1e-12:.0f} TFLOP/s in 16 bits, {measured['launch_us']:.2f} us a launch"
+    )
+    _say(f"wrote {path}")
 
 
 def report(
@@ -165,7 +197,7 @@ def _measure(settings: Settings, meter: object) -> Report:
         return measure(
             settings,
             meter,  # type: ignore[arg-type]
-            command=shlex.join(["flash-llm", *sys.argv[1:]]),
+            command=_command(),
             on_case=lambda case: bar.update(task, advance=1, description=case),
         )
 
@@ -180,6 +212,10 @@ def _print(report: Report) -> None:
         console.print(table)
     for remark in remarks(report):
         console.print(remark, highlight=False, markup=False)
+
+
+def _command() -> str:
+    return shlex.join(["flash-llm", *sys.argv[1:]])
 
 
 def _say(line: str) -> None:

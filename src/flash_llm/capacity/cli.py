@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from flash_llm.capacity.gpus import Gpu, Machine
     from flash_llm.capacity.roofline import Rates
 
 
@@ -98,19 +97,10 @@ def _rates(name: str | None, file: Path | None) -> Rates:
             f"which GPU? Add --gpu with one of {', '.join(GPUS)}; or run `flash-llm bench machine` on yours"
         )
     if name is None and machine is not None:
-        return rates(find_gpu(machine.gpu), machine)
+        return rates(machine.published(), machine)
     gpu = find_gpu(name or "")
-    if machine is None or _measures(machine, gpu):
+    if machine is None or machine.published() is gpu:
         return rates(gpu, machine)
     if file is not None:
         raise ValueError(f"{file} measures {machine.gpu!r}, not {gpu.name}: leave out --gpu, or --machine")
     return rates(gpu)
-
-
-def _measures(machine: Machine, gpu: Gpu) -> bool:
-    from flash_llm.capacity.gpus import find_gpu
-
-    try:
-        return find_gpu(machine.gpu) is gpu
-    except ValueError:  # a GPU that isn't in the table
-        return False

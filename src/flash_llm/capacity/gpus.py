@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -200,9 +201,8 @@ class Machine:
         memory: bytes that a program finds.
         read_bandwidth: bytes a second.
         matrix_rate: 16-bit floating-point operations a second.
-        fp8_rate: the same in 8 bits, or None.
         launch_us: microseconds from one tiny kernel to the next in a CUDA graph.
-        multiprocessors: how many.
+        multiprocessors, clock: how many, and their highest clock in Hz.
     """
 
     gpu: str
@@ -210,9 +210,31 @@ class Machine:
     memory: int
     read_bandwidth: float
     matrix_rate: float
-    fp8_rate: float | None
     launch_us: float
     multiprocessors: int
+    clock: float
+
+    def published(self) -> Gpu:
+        """The table's row of this GPU; for one that isn't there, a row of what was measured, linked by PCIe 4."""
+        try:
+            return find_gpu(self.gpu)
+        except ValueError:
+            major, minor = map(int, self.capability.split("."))
+        return Gpu(
+            name=self.gpu,
+            torch_names=(self.gpu,),
+            capability=(major, minor),
+            memory=self.memory,
+            usable=1.0,
+            bandwidth=self.read_bandwidth,
+            matrix_rate=self.matrix_rate,
+            fp8_rate=None,
+            multiprocessors=self.multiprocessors,
+            clock=self.clock,
+            link=_PCIE4,
+            nvlink=False,
+            source="",
+        )
 
 
 def read_machine(path: Path) -> Machine:
@@ -231,9 +253,10 @@ def read_machine(path: Path) -> Machine:
     lacking = [name for name in names if not isinstance(value, dict) or name not in value]
     if lacking:
         raise ValueError(f"{path} lacks {', '.join(lacking)}: {hint}")
+    if not re.fullmatch(r"\d+\.\d+", str(value["capability"])) or not isinstance(value["gpu"], str):
+        raise ValueError(f"{path} names no GPU and its compute capability, such as '9.0': {hint}")
     for name in names[2:]:
         number = value[name]
-        absent = number is None and name == "fp8_rate"
-        if not absent and (isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < float("inf"):
             raise ValueError(f"{path} has {name} = {number!r}, which must be a number above 0: {hint}")
     return Machine(**{name: value[name] for name in names})

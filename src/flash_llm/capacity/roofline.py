@@ -57,7 +57,7 @@ def rates(gpu: Gpu, machine: Machine | None = None, known: Efficiency | None = N
     memory, overhead = gpu.memory * gpu.usable, 1.0
     if machine is not None:
         read, matrix, memory = machine.read_bandwidth, machine.matrix_rate, float(machine.memory)
-        fp8 = machine.fp8_rate or fp8
+        fp8 = None if gpu.fp8_rate is None else gpu.fp8_rate * matrix / gpu.matrix_rate
         overhead = machine.launch_us / known.launch_us if known.launch_us else 1.0
     return Rates(
         name=name,
