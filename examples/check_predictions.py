@@ -63,21 +63,21 @@ def fitted() -> Efficiency:
         sparse=fit.fit_sparse(kernels["results"], bandwidth),
         dense=fit.fit_dense(kernels["results"], bandwidth),
         engine=Engine(1.0, 1.0, 1.0, 1.0, 1.0),
-        basis=basis(measured is not None),
+        basis=basis(measured is not None, max(row["n"] for row in kernels["results"])),
     )
     return replace(
         known, engine=fit.fit_engine(engine["results"], models(engine), rates(GPUS[name], None, known), known)
     )
 
 
-def basis(machine: bool) -> dict[str, str]:
-    """What stands behind each figure."""
+def basis(machine: bool, most: int) -> dict[str, str]:
+    """What stands behind each figure; ``most``: rows of x that the kernel was measured with."""
     return {
         "read_share": "measured on one H100 SXM; assumed for all other GPUs",
         "matrix_share": "measured on one H100 SXM; assumed for all other GPUs" if machine else "assumed",
-        "sparse": "fitted to the sparse kernel on one H100 SXM, up to 64 rows of x; elsewhere predicted from "
+        "sparse": f"fitted to the sparse kernel on one H100 SXM, up to {most} rows of x; elsewhere predicted from "
         "bandwidth, multiprocessors and clock; more rows, and unpacking: predicted",
-        "dense": "fitted to cuBLAS on one H100 SXM, up to 64 rows of x; elsewhere predicted",
+        "dense": f"fitted to cuBLAS on one H100 SXM, up to {fit.DENSE_READS} rows of x; elsewhere predicted",
         "engine.layer_us, kv_read": "fitted to vLLM on one H100 SXM; elsewhere predicted",
         "engine.fp8_read, int4_read": "fitted to vLLM on one H100 SXM, where it only reads; elsewhere predicted",
         "engine.all_reduce_us": "fitted to vLLM on two H100 SXM; four times as much over PCIe is assumed",

@@ -15,5 +15,7 @@ if missing:
     sys.exit(f"the wheel lacks {missing}")
 if not (home / "py.typed").is_file() or not list((home / "kernels" / "csrc").glob("*.cu")):
     sys.exit("the wheel lacks py.typed or the kernels' sources")
+if not (home / "capacity" / "efficiency.json").is_file():
+    sys.exit("the wheel lacks the planner's efficiencies")
 subprocess.run([sys.executable, "-m", "flash_llm", "--help"], check=True, stdout=subprocess.DEVNULL)
 print(f"the wheel of flash-llm {flash_llm.__version__} is complete")

@@ -26,8 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from flash_llm import cli_plan
 from flash_llm.bench import cli as bench
-from flash_llm.capacity import cli as capacity
+from flash_llm.cli_compare import Limit, Tasks, compare, task_names
 from flash_llm.cli_retrain import retrain
 from flash_llm.errors import FlashLLMError
 
@@ -203,7 +204,9 @@ def _top(
 def prune(
     model: Annotated[Path, typer.Argument(help="Dense model folder.")],
     out: Out,
-    method: Annotated[str, typer.Option(help='"magnitude", "wanda", "sparsegpt" or "alps": from quick to good.')] = "wanda",
+    method: Annotated[
+        str, typer.Option(help='"magnitude", "wanda", "sparsegpt" or "alps": from quick to good.')
+    ] = "wanda",
     sparsity: Annotated[float, typer.Option(help="Share of weights to drop: 0 up to, not including, 1.")] = 0.5,
     calibration: Annotated[
         str | None,
@@ -328,7 +331,7 @@ def generate(
       echo "Once upon a time" | flash-llm generate SMALL - --max-new-tokens 20
     """
     prompt = sys.stdin.read() if prompt == "-" else prompt
-    loaded, tokenizer = _load(model, device, dtype)
+    loaded, tokenizer = load_model(model, device, dtype)
     inputs = _encode(tokenizer, prompt, chat).to(loaded.device)
 
     import torch
@@ -355,6 +358,8 @@ def evaluate(
     ],
     window: Annotated[int, typer.Option(help="Tokens in a window; windows don't overlap.")] = 2048,
     max_windows: Annotated[int | None, typer.Option(help="Take only the first windows of the text.")] = None,
+    tasks: Tasks = "",
+    limit: Limit = None,
     device: Device = "auto",
     dtype: RunDtype = Dtype.auto,
     json_: Json = False,
@@ -365,20 +370,25 @@ def evaluate(
     Examples:
       flash-llm evaluate SMALL --text wikitext2-test.txt
       flash-llm evaluate SMALL --text wikitext2-test.txt --window 1024 --max-windows 16 --json
+      flash-llm evaluate SMALL --text wikitext2-test.txt --tasks piqa,arc_easy
     """
     from flash_llm.evaluate import load_text, perplexity
+    from flash_llm.tasks import run_tasks
 
     words = load_text(text)
-    loaded, tokenizer = _load(model, device, dtype)
+    loaded, tokenizer = load_model(model, device, dtype)
     result = perplexity(loaded, words, tokenizer, window=window, max_windows=max_windows)
+    scores = run_tasks(loaded, tokenizer, task_names(tasks), limit=limit) if tasks else {}
     if json_:
         where = {"model": str(model), "text": str(text), "device": str(loaded.device), "dtype": _name(loaded.dtype)}
-        _print_json(vars(result) | where)
+        _print_json(vars(result) | where | ({"tasks": scores} if tasks else {}))
         return
     print(
         f"perplexity {result.perplexity:.4f}  ({result.windows} windows of {result.window} tokens, "
         f"{result.tokens} predicted, {_name(loaded.dtype)} on {loaded.device}, {result.seconds:.1f} s)"
     )
+    for task, metrics in scores.items():
+        print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
 @_verb
@@ -425,8 +435,9 @@ def verify(
     print(f"{model}: {tensors} tensors and config.json are as they were written")
 
 
-_verb(capacity.plan)
+_verb(cli_plan.plan)
 _verb(retrain)
+_verb(compare)
 
 
 @_verb
@@ -561,13 +572,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _load(folder: Path, device: str, dtype: Dtype) -> tuple[Any, Any]:
+def load_model(folder: Path, device: str, dtype: Dtype) -> tuple[Any, Any]:
     """A model, compressed or dense, ready to run, and its tokenizer."""
     device = usable_device(device)
     if not (folder / "config.json").is_file():
         what = "has no config.json: it is no model folder" if folder.is_dir() else "is no folder"
         raise FileNotFoundError(f"{folder} {what}; a Hugging Face model must be downloaded first")
-    _tame_transformers()
+    tame_transformers()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -579,7 +590,7 @@ def _load(folder: Path, device: str, dtype: Dtype) -> tuple[Any, Any]:
 
 
 @functools.cache
-def _tame_transformers() -> None:
+def tame_transformers() -> None:
     """Its log lines become one line each, and its bars show on a terminal alone."""
     from transformers.utils import logging as library
 

@@ -108,7 +108,7 @@ def machine(
 
     from flash_llm.bench.machine import measure
     from flash_llm.bench.timing import CudaMeter
-    from flash_llm.capacity.cli import machine_file
+    from flash_llm.capacity.gpus import machine_file
     from flash_llm.files import write_json
 
     meter = CudaMeter()

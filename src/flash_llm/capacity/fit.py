@@ -19,6 +19,9 @@ from flash_llm.capacity.roofline import ALL_REDUCES, Rates, Roofline
 from flash_llm.capacity.sizes import Format
 
 Row = dict[str, Any]
+DENSE_READS = 64
+"""Rows of x up to which cuBLAS's time is that of reading the weights, on any GPU of the table."""
+
 FORMS = {"fp16": Format("dense"), "fp8": Format("fp8"), "int4": Format("int4")}
 
 
@@ -60,7 +63,8 @@ def fit_sparse(results: list[Row], bandwidth: float) -> SparseKernel:
 
 def fit_dense(results: list[Row], bandwidth: float) -> DenseKernel:
     """cuBLAS's time from the same rows, where it only reads."""
-    rows = list({(row["rows"], row["columns"], row["n"]): row for row in results}.values())
+    few = (row for row in results if row["n"] <= DENSE_READS)
+    rows = list({(row["rows"], row["columns"], row["n"]): row for row in few}.values())
     us = torch.tensor([row["dense_us"] for row in rows], dtype=torch.float64)
     nbytes = [2 * row["rows"] * row["columns"] + _activations(row) for row in rows]
     reading = torch.tensor(nbytes, dtype=torch.float64) / bandwidth * 1e6

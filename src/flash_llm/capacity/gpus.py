@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -235,6 +236,11 @@ class Machine:
             nvlink=False,
             source="",
         )
+
+
+def machine_file() -> Path:
+    """Where ``flash-llm bench machine`` leaves its figures: flash-llm/machine.json in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "flash-llm" / "machine.json"
 
 
 def read_machine(path: Path) -> Machine:

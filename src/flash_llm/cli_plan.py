@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,11 +12,6 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from flash_llm.capacity.roofline import Rates
-
-
-def machine_file() -> Path:
-    """Where ``flash-llm bench machine`` leaves its figures: flash-llm/machine.json in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "flash-llm" / "machine.json"
 
 
 def plan(
@@ -86,7 +80,7 @@ def plan(
 
 def _rates(name: str | None, file: Path | None) -> Rates:
     """Of the GPU asked for, with measured figures where there are any of it."""
-    from flash_llm.capacity.gpus import GPUS, find_gpu, read_machine
+    from flash_llm.capacity.gpus import GPUS, find_gpu, machine_file, read_machine
     from flash_llm.capacity.roofline import rates
 
     machine = None
