@@ -39,7 +39,7 @@ def test_sparsity_out_of_range(sparsity: float, make_model: Make, tmp_path: Path
 def test_unknown_method(make_model: Make, tmp_path: Path) -> None:
     refuse(
         ValueError,
-        "Unknown pruning method 'wander'; known are magnitude, wanda",
+        "Unknown pruning method 'wander'; known are alps, magnitude, sparsegpt, wanda",
         make_model("opt"),
         tmp_path / "out",
         "wander",

@@ -35,7 +35,7 @@ def fail_after(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("stage", range(5))
-@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+@pytest.mark.parametrize("method", ["wanda", "magnitude", "alps"])
 def test_going_on_equals_never_having_stopped(
     stage: int, method: str, make_model: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -340,7 +340,13 @@ def _prune_layers(
                 f"The inputs of {name} overflow or are NaN in {skeleton.dtype}; "
                 "run with dtype=torch.bfloat16 or torch.float32 (the weights keep their own dtype)."
             )
-        result = _matrix(module, used.prune(weight, statistic, sparsity)).to("cpu").contiguous()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            matrix = used.prune(weight, statistic, sparsity)
+        for warning in caught:
+            notes.append(f"{name}: {warning.message}.")
+            warnings.warn(notes[-1], warning.category, stacklevel=2)
+        result = _matrix(module, matrix).to("cpu").contiguous()
         zeros = int((result == 0).sum())
         layers[name] = asdict(LayerReport(key, list(result.shape), zeros, zeros / result.numel(), used.name))
         pruned[key] = result

@@ -70,12 +70,15 @@ def drop_lowest(weight: Tensor, score: Tensor, zeros: int) -> Tensor:
     Weights that are zero already come first, whatever their score, so that each row has exactly ``zeros`` zeros, or as
     many as it had if those were more. Of equal scores those further left go first. The same bits on every run.
     """
-    if zeros == 0:
-        return weight.clone()
-    score = score.masked_fill(weight == 0, -1.0)
-    threshold = score.kthvalue(zeros, dim=1, keepdim=True).values
+    return weight.masked_fill(lowest(score.masked_fill(weight == 0, -1.0), zeros), 0.0)
+
+
+def lowest(score: Tensor, count: int) -> Tensor:
+    """Boolean mask of the ``count`` lowest elements in each row of ``score [R, C]``, of equals those further left."""
+    if count == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    threshold = score.kthvalue(count, dim=1, keepdim=True).values
     below = score < threshold
     ties = score == threshold
-    room = zeros - below.sum(dim=1, keepdim=True, dtype=torch.int32)
-    drop = below | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= room))
-    return weight.masked_fill(drop, 0.0)
+    room = count - below.sum(dim=1, keepdim=True, dtype=torch.int32)
+    return below | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= room))

@@ -9,13 +9,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-Need = Literal["none", "norm"]
+Need = Literal["none", "norm", "hessian"]
 
 
 class Statistics(Protocol):
     """A running statistic of inputs ``[tokens, K]``.
 
-    It is split in two, since layers that read the same tensor (query, key and value) share the costly half.
+    It is split in two, since layers that read the same tensor (query, key and value) share the costly half. Layers that
+    have always read the same tensors share the whole statistic.
     """
 
     tokens: int
@@ -27,6 +28,10 @@ class Statistics(Protocol):
 
     def add(self, measured: Tensor, tokens: int) -> None:
         """Add a batch's contribution."""
+        ...
+
+    def copy(self) -> Statistics:
+        """One that goes its own way from here on."""
         ...
 
     def is_finite(self) -> bool:
@@ -52,6 +57,11 @@ class InputNorm:
         self._squares = measured.clone() if self._squares is None else self._squares.add_(measured)
         self.tokens += tokens
 
+    def copy(self) -> InputNorm:
+        other = InputNorm()
+        other.tokens, other._squares = self.tokens, None if self._squares is None else self._squares.clone()
+        return other
+
     def is_finite(self) -> bool:
         return self._squares is None or bool(self._squares.isfinite().all())
 
@@ -63,8 +73,40 @@ class InputNorm:
         return self._squares.sqrt().float()
 
 
-# A method that needs more of the inputs (SparseGPT and ALPS: the Hessian X^T X) adds its class here.
-STATISTICS: Mapping[str, Callable[[], Statistics]] = {"norm": InputNorm}
+class Hessian:
+    """``X^T X`` of the inputs X, summed in float32 on their device: half the Hessian of a layer's squared error."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sum: Tensor | None = None
+
+    @staticmethod
+    def measure(x: Tensor) -> Tensor:
+        x = x.float()
+        return x.T @ x
+
+    def add(self, measured: Tensor, tokens: int) -> None:
+        self._sum = measured.clone() if self._sum is None else self._sum.add_(measured)
+        self.tokens += tokens
+
+    def copy(self) -> Hessian:
+        other = Hessian()
+        other.tokens, other._sum = self.tokens, None if self._sum is None else self._sum.clone()
+        return other
+
+    def is_finite(self) -> bool:
+        # A NaN or an infinite input is squared into its own place on the diagonal.
+        return self._sum is None or bool(self._sum.diagonal().isfinite().all())
+
+    @property
+    def matrix(self) -> Tensor:
+        """float32 ``[K, K]``; not to be changed, since layers may share it."""
+        if self._sum is None:
+            raise ValueError("No input was seen.")
+        return self._sum
+
+
+STATISTICS: Mapping[str, Callable[[], Statistics]] = {"norm": InputNorm, "hessian": Hessian}
 
 
 class Collector:
@@ -73,18 +115,24 @@ class Collector:
     Args:
         layers: linear layers by name.
         need: which statistic, a key of ``STATISTICS``.
-
-    Attributes:
-        statistics: by the layers' names. ``tokens`` is 0 for a layer that was never called.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], need: str) -> None:
-        self.statistics = {name: STATISTICS[need]() for name in layers}
         self._layers = layers
+        self._names = list(layers)
+        # Layers with the same past share a statistic: a Hessian may take gigabytes. They part when their inputs do.
+        self._groups: list[tuple[set[str], Statistics]] = [(set(layers), STATISTICS[need]())]
         self._handles: list[Any] = []
-        # The last tensor measured. Holding it keeps its identity from being taken over by another tensor.
+        # The last tensor measured, and who has read it. Holding it keeps its identity from being taken over by another.
         self._input: Tensor | None = None
         self._measured: Tensor | None = None
+        self._readers: set[str] = set()
+
+    @property
+    def statistics(self) -> dict[str, Statistics]:
+        """By the layers' names. ``tokens`` is 0 for a layer that was never called."""
+        self._settle()
+        return {name: next(found for names, found in self._groups if name in names) for name in self._names}
 
     def __enter__(self) -> Collector:
         for name, layer in self._layers.items():
@@ -97,19 +145,35 @@ class Collector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._input = self._measured = None
+        self._settle()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        statistic = self.statistics[name]
-
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = args[0] if args else next(iter(kwargs.values()))
-            tokens = x.numel() // x.shape[-1]
-            if tokens == 0:
+            if x.numel() == 0:
                 return
-            if x is not self._input or self._measured is None:
+            if x is not self._input or name in self._readers:
+                self._settle()
                 with torch.no_grad():
-                    self._input, self._measured = x, statistic.measure(x.reshape(tokens, x.shape[-1]))
-            statistic.add(self._measured, tokens)
+                    # At once, not when it is settled: the model may change the tensor after this layer.
+                    self._input, self._measured = x, self._groups[0][1].measure(x.reshape(-1, x.shape[-1]))
+            self._readers.add(name)
 
         return hook
+
+    def _settle(self) -> None:
+        """Add what was measured last to the statistics of all layers that have read it."""
+        if self._input is None or self._measured is None:
+            return
+        tokens = self._input.numel() // self._input.shape[-1]
+        for names, statistic in list(self._groups):
+            readers = names & self._readers
+            if not readers:
+                continue
+            if readers != names:
+                names -= readers
+                statistic = statistic.copy()
+                self._groups.append((readers, statistic))
+            statistic.add(self._measured, tokens)
+        self._input = self._measured = None
+        self._readers = set()
