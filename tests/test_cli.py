@@ -22,7 +22,19 @@ from flash_llm import environment
 from flash_llm.cli import app
 
 WORDS = [f"word{i}" for i in range(60)]
-VERBS = ("prune", "compress", "decompress", "generate", "evaluate", "inspect", "verify", "plan", "env")
+VERBS = (
+    "prune",
+    "retrain",
+    "compress",
+    "decompress",
+    "generate",
+    "evaluate",
+    "compare",
+    "inspect",
+    "verify",
+    "plan",
+    "env",
+)
 
 
 def run(*args: object) -> Any:

@@ -109,10 +109,11 @@ def retrain(
       flash-llm retrain PRUNED --text text.txt.gz --steps 500 --lora-rank 16 --out RETRAINED
       flash-llm retrain MODEL --text text.txt.gz --minutes 30 --dense --out BASELINE
     """
-    from flash_llm.cli import usable_device
+    from flash_llm.cli import tame_transformers, usable_device
     from flash_llm.prune.retrain import RetrainConfig
     from flash_llm.prune.retrain import retrain as run
 
+    tame_transformers()
     config = RetrainConfig(
         text,
         steps=steps,
@@ -149,8 +150,8 @@ def retrain(
     report = run(model, out, config, teacher=teacher, device=usable_device(device), resume=not restart)
     zeros = f", {report.zeros:,} of {report.weights:,} weights are zero" if report.weights else ""
     print(
-        f"{report.steps} steps, {report.tokens:,} tokens in {report.seconds / 60:.1f} min: perplexity on held-back text "
-        f"{math.exp(report.loss_before):.3f} -> {math.exp(report.loss_after):.3f}{zeros}",
+        f"{report.steps} steps, {report.tokens:,} tokens in {report.seconds / 60:.1f} min: "
+        f"perplexity on held-back text {math.exp(report.loss_before):.3f} -> {math.exp(report.loss_after):.3f}{zeros}",
         file=sys.stderr,
     )
     print(out)
