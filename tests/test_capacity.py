@@ -221,9 +221,10 @@ def test_the_largest_batch_fills_the_memory(llama_8b: ModelShape) -> None:
 
 def test_numbers_of_gpus_divide_the_heads(opt_66b: ModelShape, llama_8b: ModelShape) -> None:
     assert allowed_gpus(opt_66b, 8) == [1, 2, 3, 4, 6, 8]  # 72 heads
-    assert allowed_gpus(llama_8b, 16) == [1, 2, 4, 8, 16]  # 32 heads, of which eight for keys and values
+    assert allowed_gpus(llama_8b, 16) == [1, 2, 4, 8, 16]  # 32 heads, and eight for keys and values
+    assert allowed_gpus(load_model("qwen2.5-7b"), 8) == [1, 2, 4]  # 28 heads, but seven don't divide the MLP
     with pytest.raises(
-        ValueError, match=r"5 GPUs can't share opt-66b's 72 heads equally: take one of 1, 2, 3, 4, 6, 8"
+        ValueError, match=r"5 GPUs can't share opt-66b's 72 heads and its layers equally: take one of 1, 2, 3, 4, 6, 8"
     ):
         planned(opt_66b, gpus=5)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from flash_llm.capacity.efficiency import Efficiency, efficiency
-from flash_llm.capacity.models import ModelShape
+from flash_llm.capacity.models import Linear, ModelShape
 from flash_llm.capacity.roofline import Rates, Roofline, shard
 from flash_llm.capacity.sizes import Format
 
@@ -124,7 +124,7 @@ def make_plan(
         known: efficiencies; None: those that come with the package.
 
     Raises:
-        ValueError: sequences longer than the model takes, or a number of GPUs that doesn't divide its heads.
+        ValueError: sequences longer than the model takes, or a number of GPUs that doesn't divide its heads or layers.
     """
     known = known or efficiency()
     length = workload.input_len + workload.output_len
@@ -136,21 +136,28 @@ def make_plan(
     allowed = allowed_gpus(model, max(workload.max_gpus, workload.gpus or 1))
     if workload.gpus is not None and workload.gpus not in allowed:
         raise ValueError(
-            f"{workload.gpus} GPUs can't share {model.name}'s {model.heads} heads equally: take one of "
-            f"{', '.join(map(str, allowed))}"
+            f"{workload.gpus} GPUs can't share {model.name}'s {model.heads} heads and its layers equally: take one "
+            f"of {', '.join(map(str, allowed))}"
         )
     rows = tuple(_row(model, rates, form, workload, allowed, known) for form in forms)
     return Plan(model.name, model.parameters, rates, workload, rows, known.basis)
 
 
 def allowed_gpus(model: ModelShape, most: int) -> list[int]:
-    """Numbers of GPUs that divide the query heads, and divide the key and value heads or repeat them."""
+    """Numbers of GPUs that divide the query heads and all layers, and divide the key and value heads or repeat them."""
     key_heads = {cache.heads for cache in model.caches}
     return [
         gpus
         for gpus in range(1, most + 1)
-        if model.heads % gpus == 0 and all(heads % gpus == 0 or gpus % heads == 0 for heads in key_heads)
+        if model.heads % gpus == 0
+        and all(heads % gpus == 0 or gpus % heads == 0 for heads in key_heads)
+        and all(_cut_side(linear) % gpus == 0 for linear in model.linears)
     ]
+
+
+def _cut_side(linear: Linear) -> int:
+    """What :func:`shard` divides; of a query, key and value projection the query, as keys may be repeated."""
+    return max(linear.rows) if sum(linear.rows) >= linear.columns else linear.columns
 
 
 def weights_bytes(model: ModelShape, form: Format, gpus: int = 1) -> int:
