@@ -483,6 +483,11 @@ def validated(weight: PackedWeight, layer: str, metadata: Mapping[str, Any]) -> 
     return weight
 
 
+def pack_if_smaller(dense: Tensor) -> PackedWeight | str:
+    """A layer's weight packed on the device that it is on, or, in words, why it is better left dense."""
+    return _Packer(dense.device, None)(dense)
+
+
 # Steps of compress_folder.
 
 

@@ -139,9 +139,18 @@ class PackedWeight:
         if world_size == 1:
             return self
         start, stop = rank * share, (rank + 1) * share
-        return self._rows(start, stop) if dim == 0 else self._columns(start, stop)
+        return self.rows(start, stop) if dim == 0 else self._columns(start, stop)
 
-    def _rows(self, start: int, stop: int) -> PackedWeight:
+    def rows(self, start: int, stop: int) -> PackedWeight:
+        """Rows ``start`` to ``stop - 1``, as :meth:`shard` cuts them.
+
+        Raises:
+            ValueError: that is no row at all, or beyond the last.
+        """
+        if not 0 <= start < stop <= self.shape[0]:
+            raise ValueError(
+                f"rows {start} to {stop} of {self.shape[0]}: it takes 0 <= start < stop <= {self.shape[0]}"
+            )
         first, last = start // STRIP_ROWS, -(-stop // STRIP_ROWS)
         strips = self._strips(first, last)
         aligned = start % STRIP_ROWS == 0 and (stop % STRIP_ROWS == 0 or stop == self.shape[0])
