@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 from typer.testing import CliRunner
 
 from flash_llm.capacity import fit
@@ -21,6 +21,7 @@ from flash_llm.capacity.efficiency import efficiency
 from flash_llm.capacity.gpus import GPUS, Machine, find_gpu, read_machine
 from flash_llm.capacity.models import BUILT_IN, ModelShape, describe, load_model
 from flash_llm.capacity.plan import Plan, Workload, allowed_gpus, make_plan, weights_bytes
+from flash_llm.capacity.report import remarks
 from flash_llm.capacity.roofline import Roofline, rates
 from flash_llm.capacity.sizes import Format, expected_tile_words, formats, packed_nbytes
 from flash_llm.checkpoint import compress_folder, read_folder
@@ -74,7 +75,7 @@ def run(*words: object) -> Any:
 # Bytes.
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.6, 0.7, 0.8, 0.95])
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.95])
 @pytest.mark.parametrize("shape", [(1024, 1024), (2048, 555), (100, 4096)])
 def test_packed_bytes_of_random_matrices(shape: tuple[int, int], sparsity: float) -> None:
     packed = PackedWeight.from_dense(sparse(*shape, sparsity))
@@ -91,7 +92,7 @@ def test_packed_bytes_at_the_ends() -> None:
 @pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.8])
 @pytest.mark.parametrize("per_row", [True, False])
 def test_packed_bytes_of_smollm2(smollm2: Path, sparsity: float, per_row: bool) -> None:
-    """Three blocks of a real model and their share of its embedding, pruned by magnitude: to 2 %.
+    """Two blocks of a real model and their share of its embedding, pruned by magnitude: to 2 %.
 
     Compared within rows, as by Wanda, every layer is near. Compared within layers some rows are far denser than others,
     which asks for smaller tiles in small layers.
@@ -100,15 +101,15 @@ def test_packed_bytes_of_smollm2(smollm2: Path, sparsity: float, per_row: bool) 
     real = predicted = 0
     with safe_open(smollm2 / "model.safetensors", "pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118
-            if not re.search(r"layers\.\d*5\..*_proj\.weight$", name):
+            if not re.search(r"layers\.(5|25)\..*_proj\.weight$", name):
                 continue
             pruned = method.prune(tensors.get_tensor(name).half(), None, sparsity)
             packed = PackedWeight.from_dense(pruned)
             expected = packed_nbytes(*packed.shape, packed.sparsity)
             assert expected == pytest.approx(packed.nbytes, rel=0.02 if per_row else 0.1)
             real, predicted = real + packed.nbytes, predicted + expected
-    embedding = load_model("smollm2-135m").embedding * 2 // 10
-    assert real > 5_000_000
+    embedding = load_model("smollm2-135m").embedding * 2 // 15
+    assert real > 3_000_000
     assert predicted + embedding == pytest.approx(real + embedding, rel=0.02)
 
 
@@ -188,6 +189,16 @@ def test_a_window_bounds_the_cache(llama_8b: ModelShape) -> None:
     cache = replace(llama_8b.caches[0], window=100)
     assert cache.elements(1000) == cache.elements(100) == 100 * cache.elements(1)
     assert cache.elements(50, gpus=16) == 50 * cache.width  # eight heads over 16 GPUs: each keeps a whole one
+
+
+def test_layers_that_cant_be_packed_stay_dense() -> None:
+    """GPT-2's are no nn.Linear: all formats weigh the same, and the plan says why."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=500))
+    plan = planned(describe("gpt2", model), sparsities=(0.8,), input_len=100)
+    assert plan.stay_dense == 8
+    assert len({row.weights_bytes for row in plan.rows}) == 1
+    assert any("8 linear layers" in line for line in remarks(plan))
 
 
 # Plans.

@@ -98,10 +98,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What :func:`make_plan` found, and of what."""
+    """What :func:`make_plan` found, and of what.
+
+    Attributes:
+        model, parameters: its name and size.
+        stay_dense: linear layers that no format but the dense one can hold, since they are of a class of their own.
+        rates: of each GPU.
+        workload: what was asked.
+        rows: one a format.
+        basis: what the efficiencies rest on.
+    """
 
     model: str
     parameters: int
+    stay_dense: int
     rates: Rates
     workload: Workload
     rows: tuple[Row, ...]
@@ -140,7 +150,8 @@ def make_plan(
             f"of {', '.join(map(str, allowed))}"
         )
     rows = tuple(_row(model, rates, form, workload, allowed, known) for form in forms)
-    return Plan(model.name, model.parameters, rates, workload, rows, known.basis)
+    stay_dense = sum(linear.count * len(linear.rows) for linear in model.linears if not linear.packable)
+    return Plan(model.name, model.parameters, stay_dense, rates, workload, rows, known.basis)
 
 
 def allowed_gpus(model: ModelShape, most: int) -> list[int]:

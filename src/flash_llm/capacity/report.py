@@ -77,6 +77,8 @@ def _table(plan: Plan, head: Iterable[str], lines: Iterable[list[str]]) -> Table
 def remarks(plan: Plan) -> list[str]:
     """What doesn't fit and why, and what the figures rest on."""
     lines = [f"{row.format}: {row.why}" for row in plan.rows if row.why]
+    if plan.stay_dense:
+        lines.append(f"{plan.stay_dense} linear layers are of a class of their own: they stay dense in every format.")
     lines.append("Speeds are predictions, tokens per GPU-second with the milliseconds of a decode step in brackets.")
     if not plan.rates.measured:
         lines.append("`flash-llm bench machine` measures a GPU, and this plan then uses that.")
