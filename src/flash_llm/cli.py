@@ -208,6 +208,12 @@ def prune(
         str, typer.Option(help='"magnitude", "wanda", "sparsegpt" or "alps": from quick to good.')
     ] = "wanda",
     sparsity: Annotated[float, typer.Option(help="Share of weights to drop: 0 up to, not including, 1.")] = 0.5,
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help='How it is spread over the layers: "uniform", "owl" (by outliers), "error" (least measured error).'
+        ),
+    ] = "uniform",
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -233,6 +239,7 @@ def prune(
     Examples:
       flash-llm prune MODEL --sparsity 0.5 --calibration text.txt --out PRUNED
       flash-llm prune MODEL --method magnitude --sparsity 0.3 --out PRUNED
+      flash-llm prune MODEL --method alps --allocation error --sparsity 0.7 --calibration text.txt --out PRUNED
       flash-llm prune MODEL --sparsity 0.6 --calibration text.jsonl.gz --compress --out SMALL
     """
     from flash_llm.prune import CalibrationConfig, prune_folder
@@ -247,6 +254,7 @@ def prune(
         target,
         method=method,
         sparsity=sparsity,
+        allocation=allocation,
         calibration=None if calibration is None else CalibrationConfig(calibration, samples, seqlen, seed),
         device=device,
         dtype=_dtype(dtype, device),

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from flash_llm.errors import CheckpointError
 from flash_llm.files import write_json
 from flash_llm.prune import alps, magnitude, sparsegpt, wanda  # noqa: F401  importing a method registers it
+from flash_llm.prune.allocate import ALLOCATIONS, Allocation
 from flash_llm.prune.calibration import CalibrationConfig, digest, load_windows
 from flash_llm.prune.files import data_bytes, write_tensors
 from flash_llm.prune.job import Job
@@ -28,6 +28,7 @@ from flash_llm.prune.method import METHODS, Pruner
 from flash_llm.prune.skeleton import Skeleton
 from flash_llm.prune.source import SourceFolder
 from flash_llm.prune.statistics import Collector, Statistics
+from flash_llm.prune.survey import check_finite, matrix, read_finite, survey
 from flash_llm.prune.walk import Walk
 
 RECORD = "pruning.json"
@@ -96,6 +97,7 @@ def prune_folder(
     method: str | Pruner = "wanda",
     sparsity: float = 0.5,
     *,
+    allocation: str | Allocation = "uniform",
     calibration: CalibrationConfig | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -116,8 +118,10 @@ def prune_folder(
         model_dir: dense model: config.json and safetensors; a tokenizer if the method needs calibration data.
         out_dir: folder to make; must not exist, or be empty.
         method: a name in ``METHODS``, or a method with options, such as ``Magnitude(per_row=True)``.
-        sparsity: share of zeros in each layer, in [0, 1).
-        calibration: text for methods that need it; not used by others.
+        sparsity: share of zeros, in [0, 1).
+        allocation: how it is spread over the blocks' layers: a name in ``ALLOCATIONS``, or an allocation with options.
+            The head has ``sparsity`` itself.
+        calibration: text for methods and allocations that need it; not used by others.
         device: where blocks run; default: ``cuda`` if there is a GPU, else ``cpu``.
         dtype: in which blocks run; weights are pruned and kept in their own dtype. Default: float32 on a CPU, elsewhere
             the model's if that is float16 or bfloat16, else float32.
@@ -130,16 +134,16 @@ def prune_folder(
         What was done.
 
     Raises:
-        ValueError: sparsity out of range, unknown method, missing or too little calibration data, a pattern that is no
-            regular expression or matches nothing, a model without linear layers, NaN or infinite weights or
-            activations, a tied head that is to be pruned.
+        ValueError: sparsity out of range, unknown method or allocation, missing or too little calibration data, a
+            pattern that is no regular expression or matches nothing, a model without linear layers, NaN or infinite
+            weights or activations, a tied head that is to be pruned.
         FileNotFoundError: no such model folder or calibration file.
         FileExistsError: the output folder is not empty, or an interrupted run had other arguments.
         CheckpointError: the folder is no model, damaged, quantised or not supported.
         OSError: not enough disk.
     """
     start = time.perf_counter()
-    pruner = _pruner(method)
+    pruner, allocation = _pruner(method), _allocation(allocation)
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity={sparsity} must be at least 0 and less than 1 (0.5 drops half of the weights).")
     source, out = SourceFolder(Path(model_dir)), Path(out_dir).absolute()
@@ -150,10 +154,11 @@ def prune_folder(
         raise ValueError(f"dtype={dtype} must be a floating-point type.")
     skeleton = Skeleton(source, dtype, device)
     stages = _plan(skeleton, include_lm_head, skip)
-    windows = _windows(skeleton, pruner, calibration)
+    windows = _windows(skeleton, pruner, allocation, calibration)
     settings: dict[str, Any] = {
         "method": repr(pruner),
         "sparsity": float(sparsity),
+        "allocation": repr(allocation),
         "calibration": None
         if windows is None or calibration is None
         else asdict(calibration) | {"sha256": digest(windows)},
@@ -165,7 +170,8 @@ def prune_folder(
     _check_disk(job, source, skeleton, windows)
     with job.started(resume):
         resumed = len(job.records())
-        _run(job, skeleton, stages, pruner, float(sparsity), windows, progress)
+        shares = _allocate(job, skeleton, stages, allocation, pruner, float(sparsity), windows, progress)
+        _run(job, skeleton, stages, pruner, shares, windows, progress)
         records = job.records()
         layers = {name: LayerReport(**layer) for record in records for name, layer in record["layers"].items()}
         notes = [note for record in records for note in record["warnings"]]
@@ -185,6 +191,14 @@ def _pruner(method: str | Pruner) -> Pruner:
     if method not in METHODS:
         raise ValueError(f"Unknown pruning method {method!r}; known are {', '.join(sorted(METHODS))}.")
     return METHODS[method]()
+
+
+def _allocation(allocation: str | Allocation) -> Allocation:
+    if not isinstance(allocation, str):
+        return allocation
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"Unknown allocation {allocation!r}; known are {', '.join(sorted(ALLOCATIONS))}.")
+    return ALLOCATIONS[allocation]()
 
 
 def _check_out(out: Path) -> None:
@@ -221,11 +235,14 @@ def _plan(skeleton: Skeleton, include_lm_head: bool, skip: Sequence[str]) -> lis
     return stages
 
 
-def _windows(skeleton: Skeleton, pruner: Pruner, calibration: CalibrationConfig | None) -> Tensor | None:
-    if pruner.needs == "none":
+def _windows(
+    skeleton: Skeleton, pruner: Pruner, allocation: Allocation, calibration: CalibrationConfig | None
+) -> Tensor | None:
+    if pruner.needs == "none" and not allocation.surveys:
         return None
     if calibration is None:
-        raise ValueError(f"Method {pruner.name!r} needs calibration text; pass calibration=CalibrationConfig(file).")
+        who = f"Allocation {allocation.name!r}" if pruner.needs == "none" else f"Method {pruner.name!r}"
+        raise ValueError(f"{who} needs calibration text; pass calibration=CalibrationConfig(file).")
     config = skeleton.source.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and calibration.seqlen > positions:
@@ -256,12 +273,43 @@ def _check_disk(job: Job, source: SourceFolder, skeleton: Skeleton, windows: Ten
         )
 
 
+def _allocate(
+    job: Job,
+    skeleton: Skeleton,
+    stages: list[_Stage],
+    allocation: Allocation,
+    pruner: Pruner,
+    sparsity: float,
+    windows: Tensor | None,
+    progress: bool,
+) -> dict[str, float]:
+    """Each layer's sparsity."""
+    blocks = [stage.layers for stage in stages[: len(skeleton.block_names)]]
+    surveys: list[Any] = []
+    if allocation.surveys and windows is not None and any(blocks):
+        with _bar(progress) as bar:
+            task = bar.add_task(f"surveying ({allocation.name})", total=len(blocks))
+            surveys = survey(
+                job.survey,
+                skeleton,
+                blocks,
+                allocation,
+                pruner,
+                sparsity,
+                windows,
+                lambda done: bar.update(task, completed=done),
+            )
+    sizes = [{name: torch.Size(skeleton.source.shape(key)).numel() for name, key in block.items()} for block in blocks]
+    shares = allocation.spread(surveys, sizes, sparsity) if any(blocks) else {}
+    return {name: shares.get(name, sparsity) for stage in stages for name in stage.layers}
+
+
 def _run(
     job: Job,
     skeleton: Skeleton,
     stages: list[_Stage],
     pruner: Pruner,
-    sparsity: float,
+    shares: dict[str, float],
     windows: Tensor | None,
     progress: bool,
 ) -> None:
@@ -270,35 +318,41 @@ def _run(
     if done == len(stages):
         return
     walk = None
-    if windows is not None:
+    if windows is not None and pruner.needs != "none":
         walk = Walk(skeleton, windows, job.hidden(done) if done else None)
     with _bar(progress) as bar:
         task = bar.add_task(f"pruning ({pruner.name})", total=len(stages), completed=done)
         for index in range(done, len(stages)):
             is_last = index == len(stages) - 1
-            record = _prune_stage(job, skeleton, stages, index, pruner, sparsity, walk)
+            record = _prune_stage(job, skeleton, stages, index, pruner, shares, walk)
             job.finish(index, record, walk.hidden if walk is not None and not is_last else None)
             bar.advance(task)
 
 
 def _prune_stage(
-    job: Job, skeleton: Skeleton, stages: list[_Stage], index: int, pruner: Pruner, sparsity: float, walk: Walk | None
+    job: Job,
+    skeleton: Skeleton,
+    stages: list[_Stage],
+    index: int,
+    pruner: Pruner,
+    shares: dict[str, float],
+    walk: Walk | None,
 ) -> dict[str, Any]:
     stage = stages[index]
     if walk is None:
-        pruned, record = _prune_layers(skeleton, stage, pruner, sparsity, None)
+        pruned, record = _prune_layers(skeleton, stage, pruner, shares, None)
     elif index == len(skeleton.block_names):
         head = skeleton.model.get_submodule(stage.module)
         with Collector({stage.module: head}, pruner.needs) as collector:
             walk.observe_head(head)
-        pruned, record = _prune_layers(skeleton, stage, pruner, sparsity, collector.statistics)
+        pruned, record = _prune_layers(skeleton, stage, pruner, shares, collector.statistics)
     else:
         with skeleton.loaded(stage.module):
             layers = {name: skeleton.model.get_submodule(name) for name in stage.layers}
             if layers:
                 with Collector(layers, pruner.needs) as collector:
                     walk.observe(index)
-                pruned, record = _prune_layers(skeleton, stage, pruner, sparsity, collector.statistics)
+                pruned, record = _prune_layers(skeleton, stage, pruner, shares, collector.statistics)
             else:
                 pruned, record = {}, {"layers": {}, "warnings": []}
             if index < len(stages) - 1:
@@ -313,7 +367,11 @@ def _prune_stage(
 
 
 def _prune_layers(
-    skeleton: Skeleton, stage: _Stage, pruner: Pruner, sparsity: float, statistics: dict[str, Statistics] | None
+    skeleton: Skeleton,
+    stage: _Stage,
+    pruner: Pruner,
+    shares: dict[str, float],
+    statistics: dict[str, Statistics] | None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Pruned weights by their stored names, on the CPU, and a record of what was done."""
     pruned: dict[str, Tensor] = {}
@@ -321,12 +379,7 @@ def _prune_layers(
     notes: list[str] = []
     for name, key in stage.layers.items():
         module = skeleton.model.get_submodule(name)
-        stored = skeleton.source.read(key)
-        weight = _matrix(module, stored.to(skeleton.device))
-        if not bool(weight.isfinite().all()):
-            raise ValueError(
-                f"Weight {key} of {skeleton.source.folder} has NaN or infinite values; it can't be pruned."
-            )
+        weight = matrix(module, read_finite(skeleton, key).to(skeleton.device))
         statistic = None if statistics is None else statistics[name]
         used = pruner
         if statistic is not None and statistic.tokens == 0:
@@ -335,27 +388,19 @@ def _prune_layers(
                 f"{name} saw no calibration data and was pruned by magnitude, row by row, not by {pruner.name}."
             )
             warnings.warn(notes[-1], stacklevel=2)
-        elif statistic is not None and not statistic.is_finite():
-            raise ValueError(
-                f"The inputs of {name} overflow or are NaN in {skeleton.dtype}; "
-                "run with dtype=torch.bfloat16 or torch.float32 (the weights keep their own dtype)."
-            )
+        elif statistic is not None:
+            check_finite(name, statistic, skeleton.dtype)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            matrix = used.prune(weight, statistic, sparsity)
+            found = used.prune(weight, statistic, shares[name])
         for warning in caught:
             notes.append(f"{name}: {warning.message}.")
             warnings.warn(notes[-1], warning.category, stacklevel=2)
-        result = _matrix(module, matrix).to("cpu").contiguous()
+        result = matrix(module, found).to("cpu").contiguous()
         zeros = int((result == 0).sum())
         layers[name] = asdict(LayerReport(key, list(result.shape), zeros, zeros / result.numel(), used.name))
         pruned[key] = result
     return pruned, {"layers": layers, "warnings": notes}
-
-
-def _matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """Turn a stored weight to ``[outputs, inputs]``, and back: GPT-2's Conv1D stores ``[inputs, outputs]``."""
-    return weight.t().contiguous() if isinstance(module, Conv1D) else weight
 
 
 def _complete(

@@ -20,46 +20,18 @@ from flash_llm.files import write_json
 from flash_llm.prune.files import write_tensors
 
 
-class Job:
-    """A pruning job on disk, beside the folder that it makes.
+class Stages:
+    """The stages of a job on disk: which are finished, what was recorded of them, and what the next one needs.
 
-    ``model/`` becomes the output; ``done/N.json`` says that stage N is finished and is written after all else of it;
-    ``hidden-N.safetensors`` are the hidden states that enter stage N.
+    ``done/N.json`` says that stage N is finished and is written after all else of it; ``hidden-N.safetensors`` are the
+    hidden states that enter stage N.
 
     Args:
-        out: the output folder.
-        arguments: what the result depends on, as JSON data.
+        folder: theirs.
     """
 
-    def __init__(self, out: Path, arguments: dict[str, Any]) -> None:
-        self.out = out
-        self.folder = out.parent / f".{out.name}.partial"
-        self.model = self.folder / "model"
-        # As it will be read again, so that both compare equal.
-        self._arguments = json.loads(json.dumps(arguments))
-
-    @contextmanager
-    def started(self, resume: bool) -> Iterator[None]:
-        """Make or take up the working folder, and hold it against other processes.
-
-        Raises:
-            FileExistsError: another process works in it, or it belongs to a job with other arguments.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise FileExistsError(
-                    f"Another process is making {self.out} (in {self.folder}); wait for it."
-                ) from error
-            # Without model/ there is only what a delivered job left behind.
-            if not (resume and self.model.is_dir()):
-                self._clear()
-            self._check_arguments()
-            self.model.mkdir(exist_ok=True)
-            (self.folder / "done").mkdir(exist_ok=True)
-            yield
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def records(self) -> list[Any]:
         """What was recorded of the finished stages, in order."""
@@ -95,6 +67,55 @@ class Job:
                 f"{self._hidden(stage)} of an interrupted run is damaged ({error}); start again with resume=False."
             ) from error
 
+    def _record(self, stage: int) -> Path:
+        return self.folder / "done" / f"{stage:05d}.json"
+
+    def _hidden(self, stage: int) -> Path:
+        return self.folder / f"hidden-{stage:05d}.safetensors"
+
+
+class Job(Stages):
+    """A pruning job on disk, beside the folder that it makes.
+
+    ``model/`` becomes the output. Its own stages are those of the pruning; ``survey`` are those of the pass before it.
+
+    Args:
+        out: the output folder.
+        arguments: what the result depends on, as JSON data.
+    """
+
+    def __init__(self, out: Path, arguments: dict[str, Any]) -> None:
+        self.out = out
+        super().__init__(out.parent / f".{out.name}.partial")
+        self.survey = Stages(self.folder / "survey")
+        self.model = self.folder / "model"
+        # As it will be read again, so that both compare equal.
+        self._arguments = json.loads(json.dumps(arguments))
+
+    @contextmanager
+    def started(self, resume: bool) -> Iterator[None]:
+        """Make or take up the working folder, and hold it against other processes.
+
+        Raises:
+            FileExistsError: another process works in it, or it belongs to a job with other arguments.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise FileExistsError(
+                    f"Another process is making {self.out} (in {self.folder}); wait for it."
+                ) from error
+            # Without model/ there is only what a delivered job left behind.
+            if not (resume and self.model.is_dir()):
+                self._clear()
+            self._check_arguments()
+            self.model.mkdir(exist_ok=True)
+            for stages in (self, self.survey):
+                (stages.folder / "done").mkdir(parents=True, exist_ok=True)
+            yield
+
     def deliver(self) -> None:
         """Give the finished folder its name and remove the rest."""
         os.replace(self.model, self.out)
@@ -123,9 +144,3 @@ class Job:
                 shutil.rmtree(path)
             elif path.name != "lock":
                 path.unlink()
-
-    def _record(self, stage: int) -> Path:
-        return self.folder / "done" / f"{stage:05d}.json"
-
-    def _hidden(self, stage: int) -> Path:
-        return self.folder / f"hidden-{stage:05d}.safetensors"

@@ -7,7 +7,7 @@ be walked whose blocks are called one after another and only hand on hidden stat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +63,18 @@ class Walk:
             self._calls = self._record()
             self.hidden = self._embed() if hidden is None else hidden
 
+    def outputs(self, index: int) -> Iterator[Tensor]:
+        """What block ``index`` makes of each window, ``[1, tokens, width]``; the hidden states stay as they are."""
+        block, call = self._skeleton.block(index), self._calls[index]
+        for hidden in self.hidden:
+            with torch.no_grad():
+                output = call(block, hidden[None].to(self._skeleton.device))
+            yield output
+
     def observe(self, index: int) -> None:
         """Run block ``index`` and drop what it returns: for the hooks on its layers."""
-        block, call = self._skeleton.block(index), self._calls[index]
-        with torch.no_grad():
-            for hidden in self.hidden:
-                call(block, hidden[None].to(self._skeleton.device))
+        for _ in self.outputs(index):
+            pass
 
     def advance(self, index: int) -> None:
         """Replace the hidden states by what block ``index`` makes of them."""
