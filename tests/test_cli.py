@@ -328,3 +328,10 @@ def test_the_installed_program(home: Path) -> None:
     failed = subprocess.run([program, "inspect", home], capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ")
+
+
+def test_prune_takes_a_budget_or_a_sparsity(home: Path, tmp_path: Path) -> None:
+    budget = int(0.7 * sum(layer["nbytes"] for layer in inspect(home / "dense")["layers"]))
+    both = ["--method", "magnitude", "--sparsity", 0.5, "--budget", budget, "--out", tmp_path / "out"]
+    result = run("prune", home / "dense", *both)
+    assert (result.exit_code, "give one of them" in result.stderr) == (1, True)

@@ -207,7 +207,13 @@ def prune(
     method: Annotated[
         str, typer.Option(help='"magnitude", "wanda", "sparsegpt" or "alps": from quick to good.')
     ] = "wanda",
-    sparsity: Annotated[float, typer.Option(help="Share of weights to drop: 0 up to, not including, 1.")] = 0.5,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of weights to drop: 0 up to, not including, 1. Default: 0.5.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help='Instead of a sparsity: the least with which the compressed weights fit, as in "24GB".'),
+    ] = None,
     allocation: Annotated[
         str,
         typer.Option(
@@ -241,19 +247,26 @@ def prune(
       flash-llm prune MODEL --method magnitude --sparsity 0.3 --out PRUNED
       flash-llm prune MODEL --method alps --allocation error --sparsity 0.7 --calibration text.txt --out PRUNED
       flash-llm prune MODEL --sparsity 0.6 --calibration text.jsonl.gz --compress --out SMALL
+      flash-llm prune MODEL --budget 24GB --calibration text.txt --compress --out SMALL
     """
+    from flash_llm.budget import parse_bytes, sparsity_for_bytes
     from flash_llm.prune import CalibrationConfig, prune_folder
 
     target = out
     if compress:
         _require_free(out)
         target = out.with_name(f"{out.name}.pruned")
+    if budget is not None:
+        if sparsity is not None:
+            raise ValueError("--sparsity and --budget say the same thing; give one of them.")
+        sparsity = sparsity_for_bytes(model, parse_bytes(budget), include_lm_head=include_lm_head, skip=skip or [])
+        _say(f"{budget} take a sparsity of {sparsity:.1%}")
     device = usable_device(device)
     report = prune_folder(
         model,
         target,
         method=method,
-        sparsity=sparsity,
+        sparsity=0.5 if sparsity is None else sparsity,
         allocation=allocation,
         calibration=None if calibration is None else CalibrationConfig(calibration, samples, seqlen, seed),
         device=device,

@@ -185,6 +185,14 @@ def prune_folder(
     return PruneReport(out, pruner.name, float(sparsity), layers, sum(sizes), zeros, notes, resumed, seconds)
 
 
+def prunable_layers(
+    model_dir: str | Path, *, include_lm_head: bool = False, skip: Sequence[str] = ()
+) -> dict[str, str]:
+    """The layers that :func:`prune_folder` would prune, and the stored names of their weights; it raises the same."""
+    skeleton = Skeleton(SourceFolder(Path(model_dir)), torch.float32, torch.device("cpu"))
+    return {name: key for stage in _plan(skeleton, include_lm_head, skip) for name, key in stage.layers.items()}
+
+
 def _pruner(method: str | Pruner) -> Pruner:
     if not isinstance(method, str):
         return method
