@@ -32,7 +32,7 @@ class Dtype(str, Enum):
 def make_app(guard: Callable[[Verb], Verb]) -> typer.Typer:
     """The group of verbs; ``guard`` makes an exception a line and an exit code, as for every other verb."""
     app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Measure speed, and make tables and plots.")
-    for verb in (kernels, machine, report):
+    for verb in (kernels, machine, e2e, report):
         app.command(name=verb.__name__)(guard(verb))
     return app
 
@@ -123,6 +123,86 @@ def machine(
     _say(f"wrote {path}")
 
 
+def e2e(
+    model: Annotated[
+        str, typer.Option(help="Name of a built-in model, such as opt-30b or llama-3-8b, or a folder with config.json.")
+    ],
+    weights: Annotated[
+        str,
+        typer.Option(help="Kinds of weights: dense, fp8, int4, shares of zeros such as 0.8, or model folders."),
+    ] = "dense,0.5,0.6,0.7,0.8",
+    batch: Annotated[str, typer.Option(help='Requests at a time; "max": as many as fit.')] = "8,16,64",
+    input_len: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "64",
+    output_len: Annotated[int, typer.Option(help="Tokens generated.")] = 512,
+    gpus: Annotated[int, typer.Option(help="GPUs that share the model: tensor-parallel size.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="Of dense weights, and computed in.")] = Dtype.float16,
+    memory: Annotated[float, typer.Option(help="Share of a GPU's memory for vLLM.")] = 0.94,
+    max_batch: Annotated[int, typer.Option(help='Most requests at a time that "max" stands for.')] = 256,
+    breakdown: Annotated[
+        bool, typer.Option("--breakdown", help="Also measure what kinds of kernels a decode step's time goes into.")
+    ] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="No compilation, no CUDA graphs: for a quick look.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for e2e.json, e2e.csv, e2e.png and vLLM's logs.")
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds for everything.", show_default="none")] = math.inf,
+) -> None:
+    """Measure throughput and latency of whole models in vLLM: dense, quantized and sparse.
+
+    Weights are random unless a folder is named, so that no model need be downloaded; each kind has a
+    process of its own. Files in OUT are written anew whenever a row has been measured.
+
+    \b
+    Examples:
+      flash-llm bench e2e --model opt-30b --weights dense,fp8,int4,0.7,0.8 --out results
+      flash-llm bench e2e --model opt-66b --gpus 2 --weights dense,0.8 --batch 8,16,max --breakdown
+      flash-llm bench e2e --model MODEL --weights MODEL,SMALL --batch 1 --input-len 1024 --output-len 64
+    """
+    from flash_llm.bench import e2e_report as reports
+    from flash_llm.bench.e2e import Settings, measure
+    from flash_llm.bench.report import can_plot
+    from flash_llm.bench.shapes import parse_ns
+
+    settings = Settings(
+        model,
+        weights.split(","),
+        batch.split(","),
+        parse_ns(input_len),
+        output_len,
+        gpus=gpus,
+        dtype=dtype.value,
+        memory_share=memory,
+        max_batch=max_batch,
+        breakdown=breakdown,
+        eager=eager,
+        time_limit=time_limit,
+    )
+    if out is not None:
+        _make_free(out, ("e2e.json", "e2e.csv", "e2e.png"))
+
+    shown = 0
+
+    def on_change(report: Report) -> None:
+        nonlocal shown
+        if len(report["results"]) > shown:
+            shown = len(report["results"])
+            last = zip(reports.COLUMNS, reports.lines(report)[-1], strict=True)
+            _say(", ".join(f"{title} {cell}" for (title, _), cell in last))
+        if out is not None:
+            reports.write(report, out)
+
+    measured = measure(settings, command=shlex.join(["flash-llm", *sys.argv[1:]]), log_dir=out, on_change=on_change)
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(reports.table(measured))
+    for remark in reports.remarks(measured):
+        console.print(remark, highlight=False, markup=False)
+    if out is not None:
+        for path in reports.write(measured, out, with_plot=can_plot()):
+            _say(f"wrote {path}")
+    if not measured["results"]:
+        raise typer.Exit(1)
+
+
 def report(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The kernels.json of a run.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
@@ -179,9 +259,9 @@ def _check_plot(plot: bool | None, out: Path | None) -> None:
     require_plot()
 
 
-def _make_free(out: Path) -> None:
+def _make_free(out: Path, files: tuple[str, ...] = FILES) -> None:
     """Makes the folder, in which no earlier run's files may be."""
-    found = [name for name in FILES if (out / name).exists()]
+    found = [name for name in files if (out / name).exists()]
     if found:
         raise FileExistsError(f"{out} already holds {', '.join(found)}: name another folder, or remove them")
     out.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,9 @@ share of it, ``method.py`` multiplies, and ``operator.py`` is what torch.compile
 
 from __future__ import annotations
 
+DUMMY_SPARSITY = "dummy_sparsity"
+"""Key of a ``quantization_config`` that gives the share of zeros of ``--load-format dummy``'s random weights."""
+
 
 def register() -> None:
     """Makes vLLM know the quantization method ``flash_llm``. vLLM calls it in each of its processes."""

@@ -16,12 +16,10 @@ from vllm.platforms import current_platform
 from flash_llm.checkpoint import QUANT_METHOD, check_config, check_record, check_tensors
 from flash_llm.errors import CheckpointError
 from flash_llm.folder import CONFIG, ModelFolder
+from flash_llm.integrations.vllm import DUMMY_SPARSITY
 from flash_llm.integrations.vllm.method import PackedLinearMethod
 from flash_llm.nn import DEFAULT_SKIP
 from flash_llm.tensor import parse_metadata
-
-DUMMY_SPARSITY = "dummy_sparsity"
-"""Key of a ``quantization_config`` that gives the share of zeros of ``--load-format dummy``'s random weights."""
 
 
 class FlashLLMConfig(QuantizationConfig):
