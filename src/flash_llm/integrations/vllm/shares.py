@@ -103,7 +103,7 @@ class Shares:
         return not self._done and not self._pending
 
     def _read(self, part: int | None, tensors: Mapping[str, Tensor]) -> PackedWeight:
-        name = self.name if part is None else self.parts[part]
+        name = self.name if part is None and len(self.parts) > 1 else self.parts[part or 0]
         metadata = self.metadata.get(name)
         if metadata is None:
             raise CheckpointError(f"{name} is packed in the files, but config.json has no record of it: make it again")

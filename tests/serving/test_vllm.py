@@ -1,0 +1,96 @@
+"""Compressed folders in vLLM's CPU build: the same tokens as in transformers, and errors that say what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm_models import PROMPTS, compressed_folder, dense_folder, greedy
+from vllm_process import generate
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="for vLLM's CPU build"),
+]
+
+TOKENS = 16
+
+
+def run(folder: Path, **more: Any) -> dict[str, Any]:
+    options = {"model": str(folder), "dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "enforce_eager": True}
+    return {"options": options | more, "prompts": PROMPTS, "tokens": TOKENS}
+
+
+def tokens(outcome: Any) -> list[list[int]]:
+    assert isinstance(outcome, list), outcome
+    return [answer["tokens"] for answer in outcome]
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "qwen2"])
+def test_compressed_folders_and_packing_at_load_give_the_tokens_of_transformers(kind: str, tmp_path: Path) -> None:
+    dense = dense_folder(tmp_path / "dense", kind)
+    small = compressed_folder(tmp_path / "small", dense)
+    mixed = compressed_folder(tmp_path / "mixed", dense, skip=[r"k_proj$", r"lm_head$"])  # q and v packed, k dense
+    expected = greedy(dense, PROMPTS, TOKENS)
+    outcomes = generate(tmp_path, [run(small), run(mixed), run(dense, quantization="flash_llm")])
+    for outcome in outcomes:
+        assert tokens(outcome) == expected
+
+
+def test_two_ranks_share_a_compressed_model(tmp_path: Path) -> None:
+    dense = dense_folder(tmp_path / "dense", "llama")
+    small = compressed_folder(tmp_path / "small", dense)
+    (outcome,) = generate(
+        tmp_path,
+        [run(small, tensor_parallel_size=2)],
+        VLLM_CPU_OMP_THREADS_BIND="0|1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+    )
+    assert tokens(outcome) == greedy(dense, PROMPTS, TOKENS)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Changes the record of a compressed folder and signs that."""
+    from flash_llm.checkpoint import accept_config
+
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    if "format_version" not in changes:
+        accept_config(folder)
+
+
+def test_what_cannot_be_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    dense = dense_folder(tmp_path / "dense", "llama")
+    newer = compressed_folder(tmp_path / "newer", dense)
+    edit(newer, format_version=99)
+    head = compressed_folder(tmp_path / "head", dense, skip=[])
+    dummy = {"load_format": "dummy", "quantization": "flash_llm"}
+    made_up = {"quantization_config": {"quant_method": "flash_llm", "dummy_sparsity": 0.8}}
+    outcomes = generate(
+        tmp_path,
+        [
+            run(newer),
+            run(head),
+            run(dense, **dummy),
+            run(
+                dense,
+                load_format="dummy",
+                hf_overrides={"quantization_config": {**made_up["quantization_config"], "dummy_sparsity": 1}},
+            ),
+            run(dense, load_format="dummy", hf_overrides=made_up),
+        ],
+    )
+    for outcome, words in zip(
+        outcomes[:4],
+        ["99; this reads 1: upgrade flash-llm", "--skip 'lm_head'", "how many zeros", "from 0 up to, not including, 1"],
+        strict=True,
+    ):
+        assert words in outcome["error"]
+    assert all(len(answer) == TOKENS for answer in tokens(outcomes[4]))
