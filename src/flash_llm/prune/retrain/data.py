@@ -43,7 +43,7 @@ class Batches:
         self.validation = ids[kept:].view(validation, seqlen)
         self._every = ids[:kept].unfold(0, seqlen, 1)
         self._seqlen, self._batch, self._seed = seqlen, batch, seed
-        self._epoch, self._starts = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._starts = -1, ids[:0]
 
     def steps(self, epochs: float) -> int:
         """Steps in so many epochs, at least 1."""
@@ -51,16 +51,19 @@ class Batches:
 
     def __call__(self, step: int) -> Tensor:
         """The windows of a step, counted from 0: int64 ``[batch, seqlen]``."""
-        first = step * self._batch
-        starts = [self._start(number) for number in range(first, first + self._batch)]
-        return self._every[torch.tensor(starts, device=self._every.device)]
+        number, end = step * self._batch, (step + 1) * self._batch
+        starts = []
+        while number < end:  # the windows of all epochs are numbered through
+            epoch, index = divmod(number, self.windows)
+            starts.append(self._order(epoch)[index : index + end - number])
+            number += len(starts[-1])
+        return self._every[torch.cat(starts)]
 
-    def _start(self, number: int) -> int:
-        """Where a window begins in the text, the windows of all epochs being numbered through."""
-        epoch, index = divmod(number, self.windows)
+    def _order(self, epoch: int) -> Tensor:
+        """Where an epoch's windows begin in the text. It lies on the device: a step doesn't wait for a copy."""
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(mixed(self._seed, epoch))
             offset = torch.randint(self._seqlen, (), generator=generator)
-            self._epoch = epoch
-            self._starts = offset + self._seqlen * torch.randperm(self.windows, generator=generator)
-        return int(self._starts[index])
+            starts = offset + self._seqlen * torch.randperm(self.windows, generator=generator)
+            self._epoch, self._starts = epoch, starts.to(self._every.device)
+        return self._starts
