@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flash_llm.prune import METHODS, Magnitude, Pruner, Wanda
-from flash_llm.prune.method import zeros_of
+from flash_llm.prune.method import kth_lowest, zeros_of
 from flash_llm.prune.statistics import Collector, InputNorm
 
 SPARSITIES = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.57, 0.6, 0.75, 0.99])
@@ -61,6 +61,19 @@ def test_sparsity_is_exact_among_ties(rows: int, columns: int, sparsity: float, 
     assert ((groups == 0).sum(dim=1) == zeros_of(groups.shape[1], sparsity)).all()
     assert torch.equal(magnitude, Magnitude(per_row).prune(weight, None, sparsity))
     assert magnitude.dtype == wanda.dtype == torch.float16
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 5), st.integers(1, 80), st.integers(0, 2**31))
+def test_the_gpus_way_to_the_kth_lowest_is_the_same(rows: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randn(rows, columns, generator=generator).square() * 10.0 ** torch.randint(
+        -40, 30, (1, columns), generator=generator
+    )
+    score[torch.rand(rows, columns, generator=generator) < 0.2] = -1.0
+    score[torch.rand(rows, columns, generator=generator) < 0.2] = torch.inf
+    for count in {1, columns // 2 + 1, columns}:
+        assert torch.equal(kth_lowest(score, count), score.kthvalue(count, dim=1, keepdim=True).values)
 
 
 def test_zeros_that_are_there_count() -> None:

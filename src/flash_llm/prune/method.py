@@ -77,8 +77,30 @@ def lowest(score: Tensor, count: int) -> Tensor:
     """Boolean mask of the ``count`` lowest elements in each row of ``score [R, C]``, of equals those further left."""
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
-    threshold = score.kthvalue(count, dim=1, keepdim=True).values
+    threshold = kth_lowest(score, count) if score.is_cuda else score.kthvalue(count, dim=1, keepdim=True).values
     below = score < threshold
     ties = score == threshold
     room = count - below.sum(dim=1, keepdim=True, dtype=torch.int32)
     return below | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= room))
+
+
+def kth_lowest(score: Tensor, count: int) -> Tensor:
+    """The ``count``-th lowest of each row of ``score [R, C]``, ``[R, 1]``: what ``kthvalue`` gives.
+
+    On a GPU that gives a row to a single block, and a whole layer is one row here. This halves the range of the values
+    32 times, each time counting with all of the GPU. Numbers that are not negative are in the order of their bits; of
+    negative ones only -1 may occur.
+
+    Args:
+        score: float32.
+        count: at least 1.
+    """
+    bits = score.contiguous().view(torch.int32)
+    low = torch.full((len(score), 1), -(1 << 31), dtype=torch.int64, device=score.device)
+    high = torch.full_like(low, (1 << 31) - 1)
+    for _ in range(32):
+        middle = (low + high) >> 1
+        enough = (bits <= middle.int()).sum(dim=1, keepdim=True) >= count
+        high = torch.where(enough, middle, high)
+        low = torch.where(enough, low, middle + 1)
+    return high.int().view(torch.float32)
