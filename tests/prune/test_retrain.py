@@ -131,6 +131,16 @@ def test_minutes_become_steps(pruned: Path, learnable: Path, tmp_path: Path) -> 
     assert json.loads((tmp_path / "out" / "retraining.json").read_text())["train"][-1]["step"] == report.steps
 
 
+@pytest.mark.parametrize("schedule", ["gradual", "admm"])
+@pytest.mark.parametrize("length", [{"steps": 1}, {"steps": 5}, {"steps": None, "minutes": 1e-4}])
+def test_the_sparsity_is_reached_however_short_the_run(
+    length: dict[str, Any], schedule: Any, pruned: Path, learnable: Path, tmp_path: Path
+) -> None:
+    config = settings(learnable, sparsity=0.9, schedule=schedule, **length)
+    report = retrain(pruned, tmp_path / "out", config, progress=False)
+    assert report.zeros / report.weights == pytest.approx(0.9, abs=1e-3)
+
+
 CUTS: dict[str, dict[str, Any]] = {
     "hold": {},
     "dropout": {"architecture": "opt"},

@@ -196,9 +196,11 @@ class Trainer:
             return
         config = self.config
         end = max(1, round(config.prune_until * steps))
-        # Not in the steps that a budget of minutes may need to be planned.
-        begin = min(max(config.warmup, _UNTIMED + _TIMED), end // 10) if config.minutes is None else _UNTIMED + _TIMED
-        begin = max(1, min(begin, end - 1))
+        begin = max(1, min(config.warmup, end // 10))
+        if config.minutes is not None:  # the first steps were taken before there was a plan
+            begin = max(begin, _UNTIMED + _TIMED + 1)
+            end = max(begin, end)
+            self.steps = max(end, steps)
         if config.schedule == "gradual":
             self.schedule = Gradual(self.masks, self._targets, config.score, begin, end, config.rounds)
         else:
@@ -210,7 +212,7 @@ class Trainer:
                 config.penalty,
                 config.interval,
                 begin,
-                max(end, begin + 1),
+                end,
             )
 
     def _time(self) -> None:
