@@ -99,7 +99,8 @@ def split(dense: Tensor, target: Tensor, hessian: Tensor, zeros: int, iterations
             sparse = _project(dense, zeros)
             support = sparse != 0
             dual.zero_()
-        inverse = _shifted_inverse(hessian, rho)
+        del inverse  # before there is another: it may take gigabytes
+        inverse = _shifted_inverse(hessian, rho)  # noqa: F841  the next iteration uses it
     return sparse
 
 
@@ -159,4 +160,6 @@ def _shifted_inverse(hessian: Tensor, rho: float) -> Tensor:
     """
     shifted = hessian.clone()
     shifted.diagonal().add_(rho)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    lower = torch.linalg.cholesky(shifted)
+    del shifted
+    return torch.cholesky_inverse(lower)

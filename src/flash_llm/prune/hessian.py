@@ -93,7 +93,9 @@ def inverse_root(hessian: Tensor, damping: float) -> Tensor:
                     f"the Hessian is singular and was damped by {damping * more:g}, not {damping:g}", stacklevel=2
                 )
             identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            root = torch.linalg.solve_triangular(lower, identity, upper=False)
+            del lower, identity  # gigabytes, for the largest layers
+            return root.flip(0, 1)
     raise ValueError(
         f"The Hessian of {len(hessian)} inputs is not positive definite even with {damping * more:g} of its mean "
         "diagonal added: raise the damping, take more calibration text, or prune by Wanda, which needs no inverse."
