@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from itertools import product
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import flash_llm
 from flash_llm import PackedWeight
-from flash_llm.kernels import cuda, plan
+from flash_llm.kernels import counters, cuda, launch, plan
 from flash_llm.tensor.layout import TILE_WORDS
 from gpu_cases import BIASES, X_LAYOUTS, Case, compile_all, random_cases, stand_in
 from sparse_matrices import DTYPES, sparse
@@ -142,9 +143,16 @@ def test_the_counters_are_zero_after_every_kernel() -> None:
     for n in (1, 16, 64, 200):
         flash_llm.linear(torch.randn(n, 4096, device="cuda").half(), weight)
     torch.cuda.synchronize()
-    eager = [counters for (_, _, capture), counters in cuda._counters.items() if capture == 0]
-    assert eager
-    assert not any(bool(counters.any()) for counters in eager)
+    found = [words(*place) for (_, _, capture), place in counters._sets.items() if capture == 0]
+    assert found
+    assert not any(any(words) for words in found)
+
+
+def words(address: int, count: int) -> ctypes.Array[ctypes.c_uint32]:
+    """GPU memory."""
+    memory = (ctypes.c_uint32 * count)()
+    launch.check(launch.driver().cuMemcpyDtoH(memory, address, ctypes.sizeof(memory))[0], "reading")
+    return memory
 
 
 def test_what_does_not_fit_is_refused_in_words() -> None:

@@ -22,29 +22,32 @@ Configuration = tuple[str, tuple[tuple[str, int], ...], str]
 
 NAMES = {"sm_80": "A100", "sm_86": "A10", "sm_89": "L40S", "sm_90a": "H100", "sm_100a": "B200", "sm_120a": "RTX 5090"}
 DEVICES = {arch: devices.DEVICES[name] for arch, name in NAMES.items()}
-ROWS = COLUMNS = 7168
+LARGE, SMALL = 14336, 4096
 
 
 def unpack(arch: str, tile_words: int, bf16: bool = False) -> Configuration:
     return "unpack.cu", (("BF16", int(bf16)), ("TILE_WORDS", tile_words)), arch
 
 
-def spmm(arch: str, tile_words: int, n: int, bf16: bool = False, columns: int = COLUMNS) -> Configuration:
+def spmm(
+    arch: str, tile_words: int, n: int, bf16: bool = False, rows: int = LARGE, columns: int = LARGE
+) -> Configuration:
     """As it is planned for the sparsity at which that tile size is chosen: with full tiles of fullest lanes."""
-    words, strips = -(-columns // 64), -(-ROWS // 16)
+    words, strips = -(-columns // 64), -(-rows // 16)
     nonzeros = min(WORD_BITS * tile_words, LANE_CAPACITY - 20)  # a lane's mean; the fullest lanes have some 20 more
     most = min(-(-(nonzeros + 20) // PACKET_VALUES), LANE_CAPACITY // PACKET_VALUES, 4 * tile_words)
     packets = int(strips * -(-words // tile_words) * LANES * (nonzeros / PACKET_VALUES + 0.5))
-    chosen = plan.spmm_plan(DEVICES[arch], ROWS, columns, packets, most, tile_words, n, bf16)
+    chosen = plan.spmm_plan(DEVICES[arch], rows, columns, packets, most, tile_words, n, bf16)
     return chosen.source, chosen.defines, arch
 
 
 QUICK = [
     *(spmm("sm_90a", tile_words, n) for tile_words, n in product((1, 3, 5, 7, 10, 16), (8, 64))),
     *(spmm("sm_90a", tile_words, n, bf16=True) for tile_words, n in ((6, 16), (8, 32))),
+    *(spmm("sm_90a", *rest, rows=SMALL, columns=SMALL) for rest in product((2, 6, 12), (8, 16, 32))),
     *(spmm("sm_80", tile_words, n) for tile_words, n in product((1, 5, 16), (8, 64))),
     spmm("sm_80", 7, 32, bf16=True),
-    *(spmm(arch, 5, 16, columns=7040) for arch in DEVICES if arch != "sm_80"),  # 110 words: whole tiles of 5
+    *(spmm(arch, 5, 16, columns=14400) for arch in DEVICES if arch != "sm_80"),  # 225 words: whole tiles of 5
     *(unpack(arch, 5) for arch in DEVICES),
     *(unpack("sm_90a", tile_words, bf16=True) for tile_words in (1, 16)),
 ]
@@ -108,7 +111,11 @@ def test_it_should_not_spill(configuration: Configuration, log_of: Callable[[Con
 @pytest.mark.parametrize("arch", DEVICES)
 def test_every_kernel_compiles_and_nothing_spills(arch: str) -> None:
     every = [unpack(arch, tile_words, bf16) for tile_words, bf16 in product(TILE_WORDS, (False, True))]
-    every += [spmm(arch, *rest) for rest in product(TILE_WORDS, (8, 16, 32, 64), (False, True))]
+    every += [
+        spmm(arch, *rest, size, size)
+        for rest in product(TILE_WORDS, (8, 16, 32, 64), (False, True))
+        for size in (LARGE, SMALL)
+    ]
     with ProcessPoolExecutor(os.cpu_count() or 2, mp_context=get_context("spawn")) as processes:
         for configuration, log in zip(every, processes.map(compile_log, every), strict=True):
             if not spills(configuration):

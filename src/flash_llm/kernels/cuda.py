@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from flash_llm.kernels import launch, plan
+from flash_llm.kernels import counters, launch, plan
 from flash_llm.tensor import PackedWeight
 from flash_llm.tensor.layout import LANES, PACKET_VALUES, WORD_COLUMNS, grid
 
@@ -91,14 +91,13 @@ def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> No
         device, rows, columns, packets, weight.max_packets, weight.tile_words, x.shape[0], bool(_is_bf16(weight))
     )
     partial = torch.empty(chosen.partial_floats, dtype=torch.float32, device=x.device)
-    arrivals = _arrivals(device, chosen.row_blocks)
     params = _SpmmParams(
         *_pointers(weight),
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         partial.data_ptr(),
-        arrivals.data_ptr(),
+        counters.arrivals(device, chosen.row_blocks),
         x.stride(0),
         *(rows, columns, x.shape[0], strips, words, tiles, chosen.units, chosen.column_bytes),
     )
@@ -136,37 +135,6 @@ def spmm_plan_cached(
     device: int, rows: int, columns: int, packets: int, max_packets: int, tile_words: int, n: int, bf16: bool
 ) -> plan.SpmmPlan:
     return plan.spmm_plan(device_properties(device), rows, columns, packets, max_packets, tile_words, n, bf16)
-
-
-_counters: dict[tuple[int, int, int], Tensor] = {}
-
-
-def _arrivals(device: int, count: int) -> Tensor:
-    """Counters that are zero whenever no kernel of this stream runs: each kernel leaves them as it found them.
-
-    One set for each stream, since kernels of different streams run at the same time. A captured graph may be replayed
-    beside anything, so each capture gets its own set, which the graph itself zeroes at its start.
-    """
-    stream = torch.cuda.current_stream(device).cuda_stream
-    capture = _capture_id(stream)
-    key = (device, stream, capture)
-    found = _counters.get(key)
-    if found is None or found.numel() < count:
-        for old in [k for k in _counters if k[:2] == key[:2] and k[2] not in (0, capture)]:
-            del _counters[old]  # captures that have ended; their graphs keep the memory
-        found = torch.zeros(max(count, 4096), dtype=torch.int32, device=f"cuda:{device}")
-        _counters[key] = found
-    return found
-
-
-def _capture_id(stream: int) -> int:
-    """The number of the capture that the stream is in, 0 for none."""
-    if not torch.cuda.is_current_stream_capturing():
-        return 0
-    cu = launch.driver()
-    result = cu.cuStreamGetCaptureInfo(stream)
-    launch.check(result[0], "asking for the stream's capture")
-    return int(result[2])
 
 
 def _readable(x: Tensor) -> Tensor:

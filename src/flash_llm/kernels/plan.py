@@ -15,10 +15,11 @@ UNPACK_FROM = 257
 FETCH_WARPS = 4
 """Warps of the Hopper kernel that fetch X: one does, but registers are dealt out by fours."""
 
-_FETCH_REGISTERS = 24
+_FETCH_REGISTERS = 32
 _REGISTERS = 65536  # of a multiprocessor, on all of these architectures
 _STATIC_BYTES = 128
-_RING_BYTES = 48 << 10  # for the pieces of X on Hopper, enough to cover L2's latency
+_RING_BYTES = {1: 48 << 10, 2: 12 << 10, 3: 12 << 10}  # for pieces of X on Hopper, by blocks a multiprocessor
+_SMALL = 700  # words of the weight a multiprocessor, up to which smaller blocks are thought of
 _CHUNK_WORDS = {True: {1: 4, 2: 4, 4: 2, 8: 2}, False: {1: 8, 2: 8, 4: 4, 8: 2}}  # Hopper or not; blocks of n
 
 
@@ -57,13 +58,15 @@ def spmm_plan(
     n: int,
     bf16: bool,
     warps: int | None = None,
+    resident: int | None = None,
 ) -> SpmmPlan:
     """The sparse kernel's configuration for a packed [rows, columns] weight and x [n, columns], n from 1 to MAX_N.
 
     Args:
         packets: of the whole weight.
         max_packets: the most that a lane has in a tile.
-        warps: a block's multiplying warps; None takes as many as shared memory allows, up to what was found best.
+        warps: a block's multiplying warps; None takes what was found best, as far as shared memory allows.
+        resident: blocks that are to share a multiprocessor, 1 to 3; None takes what was found best.
 
     Raises:
         ValueError: n is out of range.
@@ -72,10 +75,13 @@ def spmm_plan(
         raise ValueError(f"n={n} rows of x: one launch takes 1 to {MAX_N}; take more in turns")
     n_blocks = next(blocks for blocks in (1, 2, 4, 8) if n <= 8 * blocks)
     hopper = device.capability == (9, 0)
+    if hopper and warps is None and resident is None:
+        warps, resident = _small_blocks(device, rows, columns, tile_words, n_blocks)
+    resident = resident or 1
     chunk_words = chunk(tile_words, _CHUNK_WORDS[hopper][n_blocks])
     column_bytes = (PACKET_VALUES * max(max_packets, 1) + 1) * 4 * LANES
     stage = n_blocks * 8 * (chunk_words * WORD_COLUMNS * 2 + (0 if hopper else 16))
-    stages = max(3, min(6, _RING_BYTES // stage)) if hopper else 2
+    stages = max(3, min(6, _RING_BYTES[resident] // stage)) if hopper else 2
     ring = stages * stage + (1024 + 128 if hopper else 0)  # aligned by 1024, and its barriers
     strips, words, tiles = grid(rows, columns, tile_words)
     if warps is None:
@@ -83,9 +89,9 @@ def spmm_plan(
         warps = max(4, min(_best_warps(hopper, n_blocks, tile_words), fitting // 4 * 4))
     row_blocks = ceil_div(strips, warps)
     units = row_blocks * tiles
-    blocks = min(device.multiprocessors, units)
+    blocks = min(device.multiprocessors * resident, units)
     mean = int(packets / (strips * tiles * LANES))  # packets of a lane in a tile
-    ahead = max(1, min(max_packets, mean + 3))
+    ahead = max(1, min(max_packets, mean + 3, 12 if warps <= 12 else 10))
     defines = {
         "TILE_WORDS": tile_words,
         "N_BLOCKS": n_blocks,
@@ -97,7 +103,10 @@ def spmm_plan(
         "BF16": int(bf16),
     }
     if hopper:
-        defines |= {"STAGES": stages, "WGMMA": int(n_blocks >= 4), "REGISTERS": multiplying_registers(warps)}
+        defines |= {"STAGES": stages, "WGMMA": int(n_blocks >= 4), "RESIDENT": resident}
+        defines["REGISTERS"] = multiplying_registers(warps, resident)
+        if n_blocks <= 2 and resident == 1:
+            defines["REGISTERS"] -= 8  # more than enough; offered all, the compiler spills some for no reason
     return SpmmPlan(
         source="spmm_sm90.cu" if hopper else "spmm_sm80.cu",
         defines=tuple(sorted(defines.items())),
@@ -118,15 +127,39 @@ def _best_warps(hopper: bool, n_blocks: int, tile_words: int) -> int:
     return 12 if hopper or tile_words > 8 or n_blocks > 2 else 16
 
 
-def multiplying_registers(warps: int) -> int:
-    """Registers of a thread of the Hopper kernel's ``warps`` multiplying warps.
+def _small_blocks(
+    device: Device, rows: int, columns: int, tile_words: int, n_blocks: int
+) -> tuple[int, int] | tuple[None, None]:
+    """(warps, resident) of smaller blocks for a weight that is soon read, if they promise to be quicker than one large
+    block for each multiprocessor.
 
-    A block begins with an equal share for each thread. The four warps that fetch keep 24; the others share the rest of
+    Small blocks share the work more evenly, and where several fit at a time, the next kernel's first blocks load their
+    weights while this one's last ones still work. Fitted to an H100 at 4096 x 4096 to 9216 x 9216.
+    """
+    strips, words, tiles = grid(rows, columns, tile_words)
+    if n_blocks == 8 or strips * words > _SMALL * device.multiprocessors:
+        return None, None
+
+    def cycles(choice: tuple[int, int]) -> float:
+        warps, resident = choice
+        units = ceil_div(ceil_div(strips, warps) * tiles, device.multiprocessors * resident)
+        a_word = 60 if warps * resident > 8 else 64 if n_blocks <= 2 else 72
+        return units * tile_words * warps * resident * a_word + (10500 if resident == 1 else 8900)
+
+    best = min([(12, 1), (8, 1), (4, 2), *([(4, 3)] if n_blocks == 1 else [])], key=cycles)
+    return (None, None) if best == (12, 1) else best
+
+
+def multiplying_registers(warps: int, resident: int) -> int:
+    """Registers of a thread of the Hopper kernel's ``warps`` multiplying warps, ``resident`` blocks a multiprocessor.
+
+    A block begins with an equal share for each thread. The four warps that fetch keep 32; the others share the rest of
     what the block began with (not of what the multiprocessor has: asking for more waits for ever).
     """
     threads = (warps + FETCH_WARPS) * LANES
-    share = min(255, _REGISTERS // threads) // 8 * 8
-    return min(240, (share * threads - _FETCH_REGISTERS * FETCH_WARPS * LANES) // (warps * LANES) // 8 * 8)
+    share = min(255, _REGISTERS // (threads * resident)) // 8 * 8
+    rest = (share * threads - _FETCH_REGISTERS * FETCH_WARPS * LANES) // (warps * LANES) // 8 * 8
+    return min(rest, max(240, share))
 
 
 def chunk(tile_words: int, most: int) -> int:

@@ -26,9 +26,9 @@ struct SpmmParams {
   int column_bytes;          // shared memory of a warp
 };
 
-constexpr int THREADS = WARPS * LANES;
+constexpr int THREADS = WARPS * LANES;  // that multiply
 constexpr int CHUNKS = (TILE_WORDS + CHUNK_WORDS - 1) / CHUNK_WORDS;  // of a tile
-constexpr int ACCUMULATORS = N_BLOCKS * 4;
+constexpr int ACCUMULATORS = N_BLOCKS * 4;  // of a thread
 
 // Where a warp's next tile is. It stops at the warp's last tile (and past the matrix's last strip, at that strip), so
 // that loading ahead needs no conditions: some tiles are then read once more, from L2, to no effect.
@@ -59,6 +59,18 @@ struct Cursor {
   }
 };
 
+// The packets of the next tile are asked for after word LOAD_AFTER of this one: then the bitmaps that say where they are
+// have had some time to come, and most of the tile is left for the packets. By then `words` has the next tile's bitmaps up
+// to that word, and `later` the others.
+constexpr int LOAD_AFTER = TILE_WORDS / 8;
+
+DEVICE PacketRows next_packet_rows(const uint32_t (&words)[TILE_WORDS], const uint32_t (&later)[TILE_WORDS]) {
+  uint32_t next[TILE_WORDS];
+#pragma unroll
+  for (int w = 0; w < TILE_WORDS; ++w) next[w] = w <= LOAD_AFTER ? words[w] : later[w];
+  return packet_rows(next);
+}
+
 DEVICE int first_unit(const SpmmParams& p, int block) { return (int)((long long)p.units * block / gridDim.x); }
 DEVICE int block_of_unit(const SpmmParams& p, int unit) {
   return (int)(((long long)(unit + 1) * gridDim.x - 1) / p.units);
@@ -87,6 +99,27 @@ DEVICE float* partial_slot(const SpmmParams& p, int block, int row_block) {
   return p.partial + (long long)slot * ACCUMULATORS * THREADS + threadIdx.x;
 }
 
+// Adds up what the blocks first to last left, in their order. Several blocks' sums are asked for at a time.
+DEVICE void add_partials(const SpmmParams& p, float (&sum)[N_BLOCKS][4], int row_block, int first, int last) {
+  constexpr int AT_ONCE = ACCUMULATORS > 16 ? 1 : 16 / ACCUMULATORS;
+#pragma unroll
+  for (int i = 0; i < ACCUMULATORS; ++i) sum[i / 4][i % 4] = 0.f;
+  for (int block = first; block <= last; block += AT_ONCE) {
+    float theirs[AT_ONCE][ACCUMULATORS];
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k) {
+      const float* slot = partial_slot(p, min(block + k, last), row_block);
+#pragma unroll
+      for (int i = 0; i < ACCUMULATORS; ++i) theirs[k][i] = __ldcg(slot + i * THREADS);
+    }
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; ++k) {
+#pragma unroll
+      for (int i = 0; i < ACCUMULATORS; ++i) sum[i / 4][i % 4] += block + k <= last ? theirs[k][i] : 0.f;
+    }
+  }
+}
+
 // Finishes a row block that several blocks share: each leaves its sums, and the last to arrive adds them all up in the
 // order of their columns and writes the result. Nobody waits for anybody.
 DEVICE void reduce_and_write(const SpmmParams& p, float (&sum)[N_BLOCKS][4], int row_block, int strip, int lane) {
@@ -102,13 +135,7 @@ DEVICE void reduce_and_write(const SpmmParams& p, float (&sum)[N_BLOCKS][4], int
   block_barrier(THREADS);
   if (arrived != last - first) return;
   if (threadIdx.x == 0) p.arrivals[row_block] = 0;  // ready for the next launch
-#pragma unroll
-  for (int i = 0; i < ACCUMULATORS; ++i) sum[i / 4][i % 4] = 0.f;
-  for (int block = first; block <= last; ++block) {
-    const float* theirs = partial_slot(p, block, row_block);
-#pragma unroll
-    for (int i = 0; i < ACCUMULATORS; ++i) sum[i / 4][i % 4] += __ldcg(theirs + i * THREADS);
-  }
+  add_partials(p, sum, row_block, first, last);
   if (strip < p.strips) write_strip(p, sum, strip, lane);
 }
 

@@ -101,9 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) spmm(const __grid_const
 
   for (int unit = begin; unit < end; ++unit) {
     packets.store(base, lane);
-    packets.load(p.packets + next_offset, packet_rows(later), lane);  // of the next tile
-    ahead.advance(p, lane);                                           // to the one after
-    next_offset = __ldg(ahead.offset);
+    ahead.advance(p, lane);  // to the tile after the next
     const bool last_tile = tile + 1 == p.tiles;
     uint32_t column = base;
 #pragma unroll
@@ -123,6 +121,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) spmm(const __grid_const
           multiply_word(sum, words[w], column, x + i * WORD_COLUMNS * 2);
           words[w] = later[w];
           later[w] = ahead.word(p, w);
+          if (w == LOAD_AFTER) {
+            packets.load(p.packets + next_offset, next_packet_rows(words, later), lane);  // of the next tile
+            next_offset = __ldg(ahead.offset);
+          }
         }
       }
       stage ^= X_STAGE;

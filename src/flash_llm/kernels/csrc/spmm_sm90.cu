@@ -1,7 +1,7 @@
 // The multiplying kernel for Hopper: X comes by the tensor copy engine, and from N = 32 on wgmma multiplies.
 //
-// Also compiled with STAGES, the pieces of X that are in flight or in use, REGISTERS of a multiplying thread, and WGMMA, 0 or
-// 1. A warp of its own fetches the pieces; the others wait only for the piece they need and tell when they are done with
+// Also compiled with STAGES, the pieces of X that are in flight or in use, REGISTERS of a multiplying thread, RESIDENT
+// blocks that are to share a multiprocessor, and WGMMA, 0 or 1. A warp of its own fetches the pieces; the others wait only for the piece they need and tell when they are done with
 // it, so that they may drift apart.
 #include "hopper.cuh"
 #include "spmm.cuh"
@@ -15,7 +15,7 @@ constexpr int X_WORD = N_BLOCKS * 8 * WORD_COLUMNS * 2;  // bytes of X for one w
 constexpr int X_STAGE = CHUNK_WORDS * X_WORD;
 constexpr int RING_ALIGN = 1024;                         // of a swizzled box
 constexpr int FETCH_THREADS = 128;                       // a warpgroup, since registers are dealt out by warpgroups
-constexpr int FETCH_REGISTERS = 24;
+constexpr int FETCH_REGISTERS = 32;
 
 // The ring of pieces of X, as one warp sees it. Each place has two barriers: the piece is there; all are done with it.
 struct Ring {
@@ -53,45 +53,55 @@ DEVICE void fetch_x(const Params& p, Ring ring, int tile, int tiles) {
 }
 
 #if WGMMA
-// Multiplies a word by its columns of X, asynchronously: the products of the word before are done when this returns.
-DEVICE void multiply_word(float (&sum)[N_BLOCKS][4], uint32_t word, uint32_t& column, uint32_t x, int) {
-  uint32_t a[16];
-  expand_word(a, word, column);
-  const uint64_t b = swizzled_descriptor(x);
-  wgmma_fence();
+// Multiplies words by their columns of X, asynchronously: the products of the word before are done when multiply returns.
+struct Multiplier {
+  uint64_t x;
+
+  DEVICE void begin_piece(uint32_t piece) { x = swizzled_descriptor(piece); }
+  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[16], int i) const {
+    wgmma_fence();
 #pragma unroll
-  for (int s = 0; s < 4; ++s) wgmma(sum, a + 4 * s, b + (s * 32 >> 4));
-  wgmma_commit();
-  wgmma_wait<1>();
-}
+    for (int s = 0; s < 4; ++s) wgmma(sum, a + 4 * s, x + ((i * X_WORD + s * 32) >> 4));
+    wgmma_commit();
+    wgmma_wait<1>();
+  }
+};
 #else
-DEVICE void multiply_word(float (&sum)[N_BLOCKS][4], uint32_t word, uint32_t& column, uint32_t x, int lane) {
-  uint32_t a[16];
-  expand_word(a, word, column);
+// Multiplies words by their columns of X.
+struct Multiplier {
+  static constexpr int LOADS = N_BLOCKS == 1 ? 2 : 4;  // of a word, for one block of n or two
+  uint32_t x[LOADS];
+
   // ldmatrix: lanes 0-7 give the rows of the first 8x8 matrix, and so on. One block of n: its four matrices are four
   // pieces of 8 columns; more: two pieces of columns for each of two blocks of n. Swizzled: piece ^ row.
-  const int row = N_BLOCKS == 1 ? lane & 7 : (lane & 7) + (lane >> 4) * 8;
-  const int piece = N_BLOCKS == 1 ? lane >> 3 : (lane >> 3) & 1;
-  const uint32_t address = x + row * 128 + ((piece ^ (lane & 7)) << 4);
-  uint32_t b[4];
+  DEVICE void begin_piece(uint32_t piece) {
+    const int lane = threadIdx.x & 31;
+    const int row = N_BLOCKS == 1 ? lane & 7 : (lane & 7) + (lane >> 4) * 8;
+    const int column = N_BLOCKS == 1 ? lane >> 3 : (lane >> 3) & 1;
 #pragma unroll
-  for (int s = 0; s < 4; ++s) {
-    if constexpr (N_BLOCKS == 1) {
-      if (s % 2 == 0) load_matrices(b, address ^ (s << 5));
-      mma_m16n8k16(sum[0], a + 4 * s, b[s % 2 * 2], b[s % 2 * 2 + 1]);
-    } else {
+    for (int i = 0; i < LOADS; ++i) x[i] = piece + row * 128 + (((column + i * (8 / LOADS)) ^ (lane & 7)) << 4);
+  }
+  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[16], int i) const {
+    uint32_t b[4];
 #pragma unroll
-      for (int j = 0; j < N_BLOCKS; j += 2) {
-        load_matrices(b, (address ^ (s << 5)) + j * 1024);
-        mma_m16n8k16(sum[j], a + 4 * s, b[0], b[1]);
-        mma_m16n8k16(sum[j + 1], a + 4 * s, b[2], b[3]);
+    for (int s = 0; s < 4; ++s) {
+      if constexpr (N_BLOCKS == 1) {
+        if (s % 2 == 0) load_matrices(b, x[s / 2] + i * X_WORD);
+        mma_m16n8k16(sum[0], a + 4 * s, b[s % 2 * 2], b[s % 2 * 2 + 1]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < N_BLOCKS; j += 2) {
+          load_matrices(b, x[s] + i * X_WORD + j * 1024);
+          mma_m16n8k16(sum[j], a + 4 * s, b[0], b[1]);
+          mma_m16n8k16(sum[j + 1], a + 4 * s, b[2], b[3]);
+        }
       }
     }
   }
-}
+};
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, 1) spmm(const __grid_constant__ Params params) {
+extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) spmm(const __grid_constant__ Params params) {
   extern __shared__ uint8_t memory[];
   const SpmmParams& p = params.spmm;
   launch_dependents();
@@ -104,16 +114,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, 1) spmm(co
   const uint32_t stages = (shared_address(memory) + RING_ALIGN - 1) & ~(RING_ALIGN - 1u);
   const uint32_t full = stages + STAGES * X_STAGE;
   Ring ring{stages, full, full + STAGES * 8, 0, 0};
+  if (threadIdx.x < 2 * STAGES) barrier_init(full + threadIdx.x * 8, threadIdx.x < STAGES ? 1 : WARPS);
+  barrier_init_done();
+  __syncthreads();
   if (warp >= WARPS) {
     give_registers<FETCH_REGISTERS>();
-    if (threadIdx.x == THREADS) {
-      for (int i = 0; i < STAGES; ++i) {
-        barrier_init(ring.full + i * 8, 1);
-        barrier_init(ring.empty + i * 8, WARPS);
-      }
-      barrier_init_done();
-    }
-    __syncthreads();
     wait_dependencies();
     if (threadIdx.x == THREADS) fetch_x(params, ring, tile, end - begin);
     return;
@@ -134,9 +139,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, 1) spmm(co
   for (int w = 0; w < TILE_WORDS; ++w) later[w] = ahead.word(p, w);
   uint32_t next_offset = __ldg(ahead.offset);
   packets.load(p.packets + first_offset, packet_rows(words), lane);
-  __syncthreads();
   wait_dependencies();
   float sum[N_BLOCKS][4] = {};
+  Multiplier multiplier;
   // A piece of X may be overwritten once ldmatrix has delivered it, not once it was issued, and nothing but the use of
   // what it delivers tells that. So the release is made to depend on the last product, through a zero that the compiler
   // can't know to be one. (wgmma has wgmma_wait for this.)
@@ -145,23 +150,27 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, 1) spmm(co
 
   for (int unit = begin; unit < end; ++unit) {
     packets.store(base, lane);
-    packets.load(p.packets + next_offset, packet_rows(later), lane);  // of the next tile
-    ahead.advance(p, lane);                                           // to the one after
-    next_offset = __ldg(ahead.offset);
+    ahead.advance(p, lane);  // to the tile after the next
     uint32_t column = base;
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
       ring.wait();
-      const uint32_t x = ring.piece();
+      multiplier.begin_piece(ring.piece());
 #pragma unroll
       for (int i = 0; i < CHUNK_WORDS; ++i) {
         const int w = c * CHUNK_WORDS + i;
         if (w < TILE_WORDS) {
-          multiply_word(sum, words[w], column, x + i * X_WORD, lane);
+          uint32_t a[16];
+          expand_word(a, words[w], column);
+          multiplier.multiply(sum, a, i);
           words[w] = later[w];
           later[w] = ahead.word(p, w);
           // Only now are all products of the piece before this one done.
           if (i == 0 && lane == 0 && (c > 0 || unit > begin)) ring.release_before(products_done);
+          if (w == LOAD_AFTER) {
+            packets.load(p.packets + next_offset, next_packet_rows(words, later), lane);  // of the next tile
+            next_offset = __ldg(ahead.offset);
+          }
         }
       }
       products_done = __float_as_uint(sum[N_BLOCKS - 1][0]) & never;
