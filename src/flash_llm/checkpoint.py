@@ -44,7 +44,7 @@ from flash_llm.tensor.layout import FORMAT_VERSION, VALUE_DTYPES
 QUANT_METHOD = "flash_llm"
 PRUNING = "pruning.json"
 
-_WORTH = 0.85
+WORTH = 0.85
 """A layer is packed if that takes at most this share of its dense bytes: less would cost speed for nothing."""
 _WIDE = (torch.float32, torch.float64)
 _SAMPLE_ROWS = 64
@@ -576,10 +576,10 @@ class _Packer:
             if 1 - density < self.min_sparsity:
                 return f"it has {sparsity}, less than {self.min_sparsity:.0%}"
             return PackedWeight.from_dense(dense)
-        if density + 1 / 16 > _WORTH:  # 16 bits a nonzero and one an element, the least that packing takes
-            return f"with {sparsity} it would not shrink to {_WORTH:.0%}"
+        if density + 1 / 16 > WORTH:  # 16 bits a nonzero and one an element, the least that packing takes
+            return f"with {sparsity} it would not shrink to {WORTH:.0%}"
         weight = PackedWeight.from_dense(dense)
-        if weight.nbytes > _WORTH * weight.dense_nbytes:
+        if weight.nbytes > WORTH * weight.dense_nbytes:
             return f"with {sparsity} it would only shrink to {weight.nbytes / weight.dense_nbytes:.0%}"
         return weight
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flash_llm.checkpoint import _WORTH
+from flash_llm.checkpoint import WORTH
 from flash_llm.tensor.layout import (
     LANE_CAPACITY,
     LANES,
@@ -19,7 +19,7 @@ from flash_llm.tensor.layout import (
     WORD_BITS,
     grid,
 )
-from flash_llm.tensor.pack import _busiest_work, lane_counts, tile_counts
+from flash_llm.tensor.pack import busiest_work, lane_counts, tile_counts
 
 INT4_GROUP = 128
 
@@ -77,7 +77,7 @@ def compressed_nbytes(rows: int, columns: int, sparsity: float) -> int:
     """Bytes of a layer in a compressed checkpoint, where those that would hardly shrink stay dense."""
     dense = 2 * rows * columns
     packed = packed_nbytes(rows, columns, sparsity)
-    return packed if packed <= _WORTH * dense else dense
+    return packed if packed <= WORTH * dense else dense
 
 
 @functools.lru_cache(maxsize=4096)
@@ -116,7 +116,7 @@ def expected_tile_words(rows: int, columns: int, sparsity: float) -> int:
         padded = 2 * (PACKET_VALUES * packets - nonzeros) > wanted
         if padded and best is not None:
             break
-        work = _busiest_work(strips, tiles, tile_words, int(packets))
+        work = busiest_work(strips, tiles, tile_words, int(packets))
         if best is None or (padded, work) < best[:2]:
             best = (padded, work, tile_words)
     return best[2] if best else min(TILE_WORDS)

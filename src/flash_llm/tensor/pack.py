@@ -112,7 +112,7 @@ def choose_tile_words(counts: Tensor) -> int:
     """The tile size for a matrix, from its ``lane_counts``; the same on any device.
 
     Among the sizes whose lanes stay within LANE_CAPACITY and whose padding to whole packets costs little, the one that
-    :func:`_busiest_work` finds quickest. Large matrices get large tiles: a tile costs a kernel some fixed instructions.
+    :func:`busiest_work` finds quickest. Large matrices get large tiles: a tile costs a kernel some fixed instructions.
     Small ones get tiles that can be shared out evenly.
     """
     strips, words, lanes = counts.shape
@@ -129,13 +129,13 @@ def choose_tile_words(counts: Tensor) -> int:
         padded = 2 * (PACKET_VALUES * packets - nonzeros) > wanted
         if padded and best is not None:
             break  # smaller tiles are padded more
-        work = _busiest_work(strips, in_tiles.shape[1], tile_words, packets)
+        work = busiest_work(strips, in_tiles.shape[1], tile_words, packets)
         if best is None or (padded, work) < best[:2]:
             best = (padded, work, tile_words)
     return best[2] if best else min(TILE_WORDS)
 
 
-def _busiest_work(strips: int, tiles: int, tile_words: int, packets: int) -> float:
+def busiest_work(strips: int, tiles: int, tile_words: int, packets: int) -> float:
     """Instructions of the busiest multiprocessor's warps, with a kernel's measured costs, on a GPU of usual size."""
     rounds = ceil_div(ceil_div(strips, 12) * tiles, 132)
     return rounds * (200 + 105 * tile_words + 17 * (2 + packets / (strips * tiles * LANES)))
