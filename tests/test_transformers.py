@@ -85,7 +85,11 @@ def test_a_changed_model_is_saved_as_it_now_is(llama: tuple[Path, Path], tmp_pat
     verify_folder(tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert again.dtype == torch.float16
-    assert torch.equal(logits(again), logits(model))
+    ours, theirs = again.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # Not bit for bit: model.to has rounded the frequencies of the rotary embedding, which no checkpoint holds.
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-2, atol=2e-3)
 
 
 def test_one_warning_says_that_the_weights_are_expanded(llama: tuple[Path, Path]) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flash_llm.progress import progress_bar
 from flash_llm.prune.text import load_text
 
 __all__ = ["PerplexityResult", "load_text", "perplexity"]
@@ -91,7 +89,7 @@ def perplexity(
     # One sum a window, in float64: the result doesn't depend on the batch size by more than the model's rounding.
     total, tokens = 0.0, 0
     try:
-        with _bar(progress) as bar:
+        with progress_bar(progress, transient=True) as bar:
             task = bar.add_task("perplexity", total=len(windows))
             for first in range(0, len(windows), batch_size):
                 batch = windows[first : first + batch_size].to(device)
@@ -158,9 +156,3 @@ def _check_arguments(model: nn.Module, window: int, stride: int, max_windows: in
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _bar(progress: bool) -> Progress:
-    console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not (progress and console.is_terminal), transient=True)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from flash_llm.progress import progress_bar
 
 if TYPE_CHECKING:
     from flash_llm.bench.kernels import Settings
@@ -270,9 +271,7 @@ def _make_free(out: Path, files: tuple[str, ...] = FILES) -> None:
 def _measure(settings: Settings, meter: object) -> Report:
     from flash_llm.bench.kernels import measure
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with progress_bar(transient=True) as bar:
         task = bar.add_task("measuring", total=len(settings.shapes) * len(settings.sparsities))
         return measure(
             settings,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -13,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from flash_llm.errors import CheckpointError
 from flash_llm.files import write_json
+from flash_llm.progress import progress_bar
 from flash_llm.prune import alps, magnitude, sparsegpt, wanda  # noqa: F401  importing a method registers it
 from flash_llm.prune.allocate import ALLOCATIONS, Allocation
 from flash_llm.prune.calibration import CalibrationConfig, digest, load_windows
@@ -295,7 +293,7 @@ def _allocate(
     blocks = [stage.layers for stage in stages[: len(skeleton.block_names)]]
     surveys: list[Any] = []
     if allocation.surveys and windows is not None and any(blocks):
-        with _bar(progress) as bar:
+        with progress_bar(progress) as bar:
             task = bar.add_task(f"surveying ({allocation.name})", total=len(blocks))
             surveys = survey(
                 job.survey,
@@ -328,7 +326,7 @@ def _run(
     walk = None
     if windows is not None and pruner.needs != "none":
         walk = Walk(skeleton, windows, job.hidden(done) if done else None)
-    with _bar(progress) as bar:
+    with progress_bar(progress) as bar:
         task = bar.add_task(f"pruning ({pruner.name})", total=len(stages), completed=done)
         for index in range(done, len(stages)):
             is_last = index == len(stages) - 1
@@ -441,15 +439,3 @@ def _complete(
 
 def _shard(index: int, stages: list[_Stage]) -> str:
     return f"model-{index + 1:05d}-of-{len(stages) + 1:05d}.safetensors"
-
-
-def _bar(progress: bool) -> Progress:
-    console = Console(file=sys.stderr)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=not (progress and console.is_terminal))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from flash_llm.errors import CheckpointError
 from flash_llm.files import write_json, write_whole
+from flash_llm.progress import progress_bar
 from flash_llm.prune.calibration import digest, load_ids
 from flash_llm.prune.files import write_tensors
 from flash_llm.prune.folder import RECORD, RECORD_VERSION
@@ -197,7 +195,7 @@ def _train(job: Job, trainer: Trainer, progress: bool) -> None:
     """All steps that are left, with checkpoints."""
     config = trainer.config
     saved = time.monotonic()
-    with deferred_interrupts() as asked, _bar(progress) as bar:
+    with deferred_interrupts() as asked, progress_bar(progress) as bar:
         task = bar.add_task("retraining", total=trainer.steps, completed=trainer.step)
         while not trainer.done:
             trainer.advance()
@@ -316,15 +314,3 @@ def _new_record(config: RetrainConfig) -> dict[str, Any]:
         "warnings": [],
         "layers": {},
     }
-
-
-def _bar(progress: bool) -> Progress:
-    console = Console(file=sys.stderr)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=not (progress and console.is_terminal))
