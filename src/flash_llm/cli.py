@@ -28,7 +28,21 @@ from typer.core import TyperGroup
 
 from flash_llm import cli_plan
 from flash_llm.bench import cli as bench
-from flash_llm.cli_compare import Limit, Tasks, compare, task_names
+from flash_llm.cli_compare import compare
+from flash_llm.cli_options import (
+    Device,
+    Dtype,
+    Json,
+    Limit,
+    MaxWindows,
+    Out,
+    RunDtype,
+    Skip,
+    Tasks,
+    Text,
+    Window,
+    task_names,
+)
 from flash_llm.cli_retrain import retrain
 from flash_llm.errors import FlashLLMError
 
@@ -48,15 +62,6 @@ class _State:
 
 
 _state = _State()
-
-
-class Dtype(str, Enum):
-    """Floating-point types that a model can be run in."""
-
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 class PackedDtype(str, Enum):
@@ -89,19 +94,6 @@ app = typer.Typer(
 def main() -> None:
     """The entry point."""
     app(prog_name="flash-llm")
-
-
-# What several verbs take.
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to make; it must not exist, or be empty.")]
-Device = Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto": a GPU if there is one.')]
-RunDtype = Annotated[
-    Dtype, typer.Option(help='What to compute in; "auto": float32 on a CPU, the model\'s own on a GPU.')
-]
-Skip = Annotated[
-    list[str] | None,
-    typer.Option(help="Leave layers dense whose name this regular expression is found in; may be repeated."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _guard(function: Callable[..., None]) -> Callable[..., None]:
@@ -374,11 +366,9 @@ def generate(
 @_verb
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="DIR", help="Model folder, compressed or dense.")],
-    text: Annotated[
-        Path, typer.Option(help="Text file: .txt or .jsonl, also .gz. WikiText's rows are joined as in the papers.")
-    ],
-    window: Annotated[int, typer.Option(help="Tokens in a window; windows don't overlap.")] = 2048,
-    max_windows: Annotated[int | None, typer.Option(help="Take only the first windows of the text.")] = None,
+    text: Text,
+    window: Window = 2048,
+    max_windows: MaxWindows = None,
     tasks: Tasks = "",
     limit: Limit = None,
     device: Device = "auto",
@@ -600,14 +590,9 @@ def load_model(folder: Path, device: str, dtype: Dtype) -> tuple[Any, Any]:
         what = "has no config.json: it is no model folder" if folder.is_dir() else "is no folder"
         raise FileNotFoundError(f"{folder} {what}; a Hugging Face model must be downloaded first")
     tame_transformers()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from flash_llm.compare import load_folder
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    place = {} if device == "cpu" else {"device_map": {"": device}}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=_dtype(dtype, device) or "auto", local_files_only=True, **place
-    )
-    return model.eval(), tokenizer
+    return load_folder(folder, device, _dtype(dtype, device))
 
 
 @functools.cache

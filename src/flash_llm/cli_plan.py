@@ -54,9 +54,10 @@ def plan(
     from flash_llm.capacity.plan import Workload, make_plan
     from flash_llm.capacity.sizes import formats
     from flash_llm.files import write_whole
+    from flash_llm.plotting import require_plot
 
     if plot is not None:
-        report.require_plot()
+        require_plot()
     workload = Workload(input_len, output_len, tuple(parse_ns(batch)), gpus, max_gpus, memory_share)
     forms = formats(parse_sparsities(sparsity))
     on = _rates(gpu, machine)

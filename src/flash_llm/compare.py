@@ -5,8 +5,6 @@ A comparison is a dictionary: ``settings``, the same for all, and ``rows``, one 
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flash_llm.checkpoint import read_folder
 from flash_llm.evaluate import load_text, perplexity
 from flash_llm.files import write_json, write_whole
+from flash_llm.plotting import png, require_plot
 from flash_llm.tasks import run_tasks
 
 Comparison = dict[str, Any]
@@ -68,7 +67,7 @@ def compare_folders(
     # Of all folders, before hours are spent on the first.
     rows = [_described(path, name) for path, name in zip(paths, _names(paths), strict=True)]
     for path, row in zip(paths, rows, strict=True):
-        model, tokenizer = load(path) if load is not None else _load(path, device, dtype)
+        model, tokenizer = load(path) if load is not None else load_folder(path, device, dtype)
         result = perplexity(model, words, tokenizer, window=window, max_windows=max_windows)
         row |= {"perplexity": result.perplexity, "windows": result.windows, "tokens": result.tokens}
         row |= {"dtype": str(model.dtype).removeprefix("torch."), "seconds": result.seconds}
@@ -128,15 +127,7 @@ def plot(comparison: Comparison) -> bytes:
     panel.set_xlabel("MB of all tensors (square: compressed)")
     panel.set_ylabel("perplexity")
     panel.grid(alpha=0.3, which="both")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
-
-
-def require_plot() -> None:
-    """Raises ImportError where plots can't be made."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("a report has a plot, which needs matplotlib: pip install 'flash-llm[bench]'")
+    return png(figure)
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
@@ -167,7 +158,8 @@ def _described(path: Path, name: str) -> Row:
     return {"name": name, "folder": str(path), "compressed": info.compressed, "sparsity": sparsity, **sizes}
 
 
-def _load(path: Path, device: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
+def load_folder(path: Path, device: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """A model ready to run, in ``dtype`` or, without one, its own; and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     place = {} if device == "cpu" else {"device_map": {"": device}}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True, **place)

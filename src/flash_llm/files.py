@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,6 +18,22 @@ def write_whole(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_free(folder: Path, names: Iterable[str]) -> None:
+    """Makes a folder, in which no earlier run's files may be.
+
+    Raises:
+        FileExistsError: one of ``names`` is there.
+    """
+    check_free(folder, names)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_free(folder: Path, names: Iterable[str]) -> None:
+    """Raises FileExistsError where a folder holds one of some files."""
+    if found := [name for name in names if (folder / name).exists()]:
+        raise FileExistsError(f"{folder} already holds {', '.join(found)}: name another folder, or remove them")
 
 
 def write_json(path: Path, value: Any) -> None:

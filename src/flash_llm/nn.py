@@ -19,6 +19,12 @@ from flash_llm.tensor.layout import VALUE_DTYPES
 BUFFERS = {"bitmap": "weight_bitmap", "values": "weight_values", "offsets": "weight_offsets"}
 """PackedWeight's tensors and the buffers of SparseLinear, and so of a checkpoint, that hold them."""
 
+EXPANDED = (
+    "expanded to dense: on a CPU there is no kernel that multiplies from compressed weights. The results are the same; "
+    "memory and speed are those of the dense model. Use a GPU for the gain."
+)
+"""What is said where weights are, of the layers."""
+
 DEFAULT_SKIP = (r"(^|\.)lm_head$", r"(^|\.)embed_out$", r"(^|\.)score$")
 """Layers that stay dense unless asked: regular expressions searched in the layers' names."""
 
@@ -169,9 +175,4 @@ def expand_on_cpu(model: nn.Module) -> int:
 
 
 def _warn_expanded(layers: int) -> None:
-    warnings.warn(
-        f"{layers} compressed layer(s) expanded to dense: on a CPU there is no kernel that multiplies from compressed "
-        f"weights. The results are the same; memory and speed are those of the dense model. Use a GPU for the gain.",
-        SlowPathWarning,
-        stacklevel=3,
-    )
+    warnings.warn(f"{layers} compressed layer(s) {EXPANDED}", SlowPathWarning, stacklevel=3)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from flash_llm import plotting
 from flash_llm.bench import report as reports
 from flash_llm.cli import app
 
@@ -111,7 +112,7 @@ def test_nothing_measured_is_a_report_too(report: dict[str, Any], tmp_path: Path
     assert "Not measured: 8x8" in reports.markdown(report)
     assert reports.csv_text(report) == "\n"
     assert len(reports.write(report, tmp_path, with_plot=True)) == 2
-    if reports.can_plot():
+    if plotting.can_plot():
         with pytest.raises(ValueError, match="no results"):
             reports.plot(report)
 
@@ -180,7 +181,7 @@ def test_a_plot_needs_a_folder_and_matplotlib(
 ) -> None:
     assert "add --out DIR" in run("kernels", "--plot").stderr
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(reports.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plotting.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'flash-llm[bench]'" in run("kernels", "--plot", "--out", tmp_path / "out").stderr
     (tmp_path / "kernels.json").write_text(json.dumps(report))
     result = run("report", tmp_path / "kernels.json", "--plot", tmp_path / "plot.png")

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from vllm_models import PROMPTS, compressed_folder, dense_folder, greedy
+from vllm_models import CPU_BUILD, PROMPTS, compressed_folder, dense_folder, greedy
 from vllm_process import generate
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="for vLLM's CPU build"),
-]
+pytestmark = CPU_BUILD
 
 TOKENS = 16
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import socket
 import subprocess
 import sys
@@ -13,19 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from vllm_models import greedy
+from vllm_models import CPU_BUILD, greedy
 from vllm_process import environment, generate
 
 from flash_llm.checkpoint import compress_folder
 from flash_llm.prune import prune_folder
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="for vLLM's CPU build"),
-]
+pytestmark = CPU_BUILD
 
 TOKENS = 24
 START_S = 240

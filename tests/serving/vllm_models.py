@@ -1,15 +1,25 @@
-"""Pruned random models whose next tokens are not a toss-up, as dense and compressed folders."""
+"""Pruned random models whose next tokens are not a toss-up, as dense and compressed folders; marks of their tests."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedConfig, Qwen2Config
 
 from flash_llm.checkpoint import compress_folder
+
+CPU_BUILD = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="for vLLM's CPU build"),
+]
+"""What tests with vLLM's CPU build are marked with."""
 
 VOCABULARY = 320
 PROMPTS = [[1, 50, 35, 282, 49, 14], [54, 143, 35], list(range(20, 60))]

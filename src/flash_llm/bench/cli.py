@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from flash_llm.files import make_free
+from flash_llm.plotting import can_plot, require_plot
 from flash_llm.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -74,14 +76,14 @@ def kernels(
       flash-llm bench kernels --shapes llama-3-8b --n 1,16 --peers --out results
       flash-llm bench kernels --shapes 4096x4096,14336x4096 --sparsity 0.7 --time-limit 60
     """
-    from flash_llm.bench.report import can_plot, write
+    from flash_llm.bench.report import write
     from flash_llm.bench.timing import CudaMeter
 
     settings = _settings(shapes, sparsity, n, dtype.value, peers, check, time_limit)
     _check_plot(plot, out)
     meter = CudaMeter()
     if out is not None:
-        _make_free(out)
+        make_free(out, FILES)
     measured = _measure(settings, meter)
     _print(measured)
     if out is not None:
@@ -161,7 +163,6 @@ def e2e(
     """
     from flash_llm.bench import e2e_report as reports
     from flash_llm.bench.e2e import Settings, measure
-    from flash_llm.bench.report import can_plot
     from flash_llm.bench.shapes import parse_ns
 
     settings = Settings(
@@ -179,7 +180,7 @@ def e2e(
         time_limit=time_limit,
     )
     if out is not None:
-        _make_free(out, ("e2e.json", "e2e.csv", "e2e.png"))
+        make_free(out, ("e2e.json", "e2e.csv", "e2e.png"))
 
     shown = 0
 
@@ -253,19 +254,10 @@ def _check_plot(plot: bool | None, out: Path | None) -> None:
     """Says before the run what would else be said after it."""
     if not plot:
         return
-    from flash_llm.bench.report import require_plot
 
     if out is None:
         raise ValueError("--plot needs a folder to write to: add --out DIR")
     require_plot()
-
-
-def _make_free(out: Path, files: tuple[str, ...] = FILES) -> None:
-    """Makes the folder, in which no earlier run's files may be."""
-    found = [name for name in files if (out / name).exists()]
-    if found:
-        raise FileExistsError(f"{out} already holds {', '.join(found)}: name another folder, or remove them")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def _measure(settings: Settings, meter: object) -> Report:

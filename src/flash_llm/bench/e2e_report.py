@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from flash_llm.bench.report import require_plot
 from flash_llm.files import write_whole
+from flash_llm.plotting import png, require_plot
 
 Report = dict[str, Any]
 Row = dict[str, Any]
@@ -118,9 +118,7 @@ def plot(report: Report) -> bytes:
         _draw_breakdown(panels[1], broken_down)
     settings = report["settings"]
     figure.suptitle(f"{settings['model']}, {report['environment'].get('gpu') or 'no GPU'}", x=0.01, ha="left")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
+    return png(figure)
 
 
 def _draw_rates(panel: Any, results: list[Row]) -> None:

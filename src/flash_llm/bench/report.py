@@ -7,7 +7,6 @@ every shape, sparsity and n.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import statistics
@@ -19,6 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from flash_llm.files import write_whole
+from flash_llm.plotting import png, require_plot
 
 Report = dict[str, Any]
 Row = dict[str, Any]
@@ -207,17 +207,6 @@ def write(report: Report, folder: Path, *, with_plot: bool) -> list[Path]:
     return list(files)
 
 
-def can_plot() -> bool:
-    """Is matplotlib there?"""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def require_plot() -> None:
-    """Raises ImportError where plots can't be made."""
-    if not can_plot():
-        raise ImportError("a plot needs matplotlib, which isn't installed: pip install 'flash-llm[bench]'")
-
-
 def plot(report: Report) -> bytes:
     """A PNG: speed-up over dense, a panel for every n, a group of bars for every shape, a bar for every sparsity.
 
@@ -246,9 +235,7 @@ def plot(report: Report) -> bytes:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
     figure.suptitle(str(report["environment"].get("gpu") or ""), x=0.01, ha="left")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
+    return png(figure)
 
 
 def _draw(panel: Any, results: list[Row], shapes: list[tuple[int, int]], sparsities: list[float]) -> None:

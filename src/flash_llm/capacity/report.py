@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 from collections.abc import Iterable
 
 from rich.table import Table
 
 from flash_llm.capacity.plan import Plan, Row
+from flash_llm.plotting import png, require_plot
 
 _GIB = 2**30
-
-
-def require_plot() -> None:
-    """Raises ImportError where plots can't be made."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("a plot needs matplotlib, which isn't installed: pip install 'flash-llm[bench]'")
 
 
 def summary(plan: Plan) -> list[str]:
@@ -120,6 +113,4 @@ def plot(plan: Plan) -> bytes:
     work = plan.workload
     title = f"{plan.model} on {plan.rates.name}, {work.input_len} tokens in, {work.output_len} out"
     panel.set_title(title, loc="left")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
+    return png(figure)

@@ -59,7 +59,6 @@ def _zeroed(device: int, nbytes: int) -> int:
     """Memory of zeros, got on a stream of its own in a way that no capture on any other stream minds."""
     cu = launch.driver()
     with torch.cuda.device(device):
-        torch.cuda.current_stream(device)  # makes sure that the device has a context
         mode = _done(cu.cuThreadExchangeStreamCaptureMode(cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
         try:
             address = _done(cu.cuMemAlloc(nbytes))

@@ -91,7 +91,8 @@ def spmm_plan(
     units = row_blocks * tiles
     blocks = min(device.multiprocessors * resident, units)
     mean = int(packets / (strips * tiles * LANES))  # packets of a lane in a tile
-    ahead = max(1, min(max_packets, mean + 3, 12 if warps <= 12 else 10))
+    held = 10 if warps > 12 else max_packets  # that many warps have registers for no more
+    ahead = max(1, min(max_packets, mean + 3, held))
     defines = {
         "TILE_WORDS": tile_words,
         "N_BLOCKS": n_blocks,

@@ -1,4 +1,4 @@
-"""Safetensors files: written whole or not at all, and measured."""
+"""Folders that are free to be made, and safetensors files: written whole or not at all, and measured."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+def check_out(out: Path) -> None:
+    """Raises FileExistsError where a folder can't be made, since something is there."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"Output {out} exists and is not an empty folder; remove it or name another.")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from flash_llm.progress import progress_bar
 from flash_llm.prune import alps, magnitude, sparsegpt, wanda  # noqa: F401  importing a method registers it
 from flash_llm.prune.allocate import ALLOCATIONS, Allocation
 from flash_llm.prune.calibration import CalibrationConfig, digest, load_windows
-from flash_llm.prune.files import data_bytes, write_tensors
+from flash_llm.prune.files import check_out, data_bytes, write_tensors
 from flash_llm.prune.job import Job
 from flash_llm.prune.method import METHODS, Pruner
 from flash_llm.prune.skeleton import Skeleton
@@ -145,7 +145,7 @@ def prune_folder(
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity={sparsity} must be at least 0 and less than 1 (0.5 drops half of the weights).")
     source, out = SourceFolder(Path(model_dir)), Path(out_dir).absolute()
-    _check_out(out)
+    check_out(out)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or _default_dtype(source, device)
     if not dtype.is_floating_point:
@@ -205,11 +205,6 @@ def _allocation(allocation: str | Allocation) -> Allocation:
     if allocation not in ALLOCATIONS:
         raise ValueError(f"Unknown allocation {allocation!r}; known are {', '.join(sorted(ALLOCATIONS))}.")
     return ALLOCATIONS[allocation]()
-
-
-def _check_out(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"Output {out} exists and is not an empty folder; remove it or name another.")
 
 
 def _default_dtype(source: SourceFolder, device: torch.device) -> torch.dtype:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Need = Literal["none", "norm", "hessian"]
 
@@ -39,60 +42,55 @@ class Statistics(Protocol):
         ...
 
 
-class InputNorm:
-    """The Euclidean norm of each input feature over all tokens, ``||X_j||_2``.
-
-    Squares are summed in float32 within a batch and in float64 over batches.
-    """
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._squares: Tensor | None = None
-
-    @staticmethod
-    def measure(x: Tensor) -> Tensor:
-        return x.float().square().sum(dim=0).double()
-
-    def add(self, measured: Tensor, tokens: int) -> None:
-        self._squares = measured.clone() if self._squares is None else self._squares.add_(measured)
-        self.tokens += tokens
-
-    def copy(self) -> InputNorm:
-        other = InputNorm()
-        other.tokens, other._squares = self.tokens, None if self._squares is None else self._squares.clone()
-        return other
-
-    def is_finite(self) -> bool:
-        return self._squares is None or bool(self._squares.isfinite().all())
-
-    @property
-    def norm(self) -> Tensor:
-        """float32 ``[K]``."""
-        if self._squares is None:
-            raise ValueError("No input was seen.")
-        return self._squares.sqrt().float()
-
-
-class Hessian:
-    """``X^T X`` of the inputs X, summed in float32 on their device: half the Hessian of a layer's squared error."""
+class _Sum:
+    """A statistic that is a sum over batches."""
 
     def __init__(self) -> None:
         self.tokens = 0
         self._sum: Tensor | None = None
 
-    @staticmethod
-    def measure(x: Tensor) -> Tensor:
-        x = x.float()
-        return x.T @ x
-
     def add(self, measured: Tensor, tokens: int) -> None:
         self._sum = measured.clone() if self._sum is None else self._sum.add_(measured)
         self.tokens += tokens
 
-    def copy(self) -> Hessian:
-        other = Hessian()
+    def copy(self) -> Self:
+        other = type(self)()
         other.tokens, other._sum = self.tokens, None if self._sum is None else self._sum.clone()
         return other
+
+    @property
+    def _seen(self) -> Tensor:
+        if self._sum is None:
+            raise ValueError("No input was seen.")
+        return self._sum
+
+
+class InputNorm(_Sum):
+    """The Euclidean norm of each input feature over all tokens, ``||X_j||_2``.
+
+    Squares are summed in float32 within a batch and in float64 over batches.
+    """
+
+    @staticmethod
+    def measure(x: Tensor) -> Tensor:
+        return x.float().square().sum(dim=0).double()
+
+    def is_finite(self) -> bool:
+        return self._sum is None or bool(self._sum.isfinite().all())
+
+    @property
+    def norm(self) -> Tensor:
+        """float32 ``[K]``."""
+        return self._seen.sqrt().float()
+
+
+class Hessian(_Sum):
+    """``X^T X`` of the inputs X, summed in float32 on their device: half the Hessian of a layer's squared error."""
+
+    @staticmethod
+    def measure(x: Tensor) -> Tensor:
+        x = x.float()
+        return x.T @ x
 
     def is_finite(self) -> bool:
         # A NaN or an infinite input is squared into its own place on the diagonal.
@@ -101,9 +99,7 @@ class Hessian:
     @property
     def matrix(self) -> Tensor:
         """float32 ``[K, K]``; not to be changed, since layers may share it."""
-        if self._sum is None:
-            raise ValueError("No input was seen.")
-        return self._sum
+        return self._seen
 
 
 STATISTICS: Mapping[str, Callable[[], Statistics]] = {"norm": InputNorm, "hessian": Hessian}

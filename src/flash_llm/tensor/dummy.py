@@ -47,11 +47,10 @@ def random_packed(
     counts = _pack.word_counts(bitmap)
     tile_words = _pack.choose_tile_words(counts)
     packets = _pack._packets(_pack.tile_counts(counts, tile_words))
-    offsets = torch.zeros(packets.shape[0] * packets.shape[1] + 1, dtype=torch.int64, device=device)
-    torch.cumsum(packets.sum(-1).flatten(), 0, out=offsets[1:])
+    offsets = _pack.packet_offsets(packets.sum(-1).flatten(), rows, columns)
     values = torch.empty(int(offsets[-1]) * PACKET_VALUES, dtype=dtype, device=device)
     values.uniform_(-_RANGE, _RANGE, generator=generator)
-    return PackedWeight((rows, columns), bitmap, values, offsets.to(torch.int32), tile_words, int(packets.max()))
+    return PackedWeight((rows, columns), bitmap, values, offsets, tile_words, int(packets.max()))
 
 
 def _random_bits(

@@ -68,15 +68,9 @@ def pack(dense: Tensor, tile_words: int | None = None) -> PackedTensors:
         values.append(_select(lanes, mask, counts).view(-1, PACKET_VALUES)[order])
         packets.append(_packets(counts).sum(-1).flatten())
         max_packets = max(max_packets, int(_packets(counts).max()))
-    offsets = torch.zeros(strips * tiles + 1, dtype=torch.int64, device=dense.device)
-    torch.cumsum(torch.cat(packets), 0, out=offsets[1:])
-    if int(offsets[-1]) >= 2**31:
-        raise ValueError(
-            f"a matrix of {rows} x {columns} has {int(offsets[-1])} packets of {PACKET_VALUES} nonzeros; the format's "
-            f"offsets end at 2**31: split the matrix by rows"
-        )
+    offsets = packet_offsets(torch.cat(packets), rows, columns)
     packed = torch.cat(values).view(-1).view(dense.dtype)
-    return PackedTensors(bitmap, packed, offsets.to(torch.int32), tile_words, max_packets)
+    return PackedTensors(bitmap, packed, offsets, tile_words, max_packets)
 
 
 def unpack(packed: PackedTensors, rows: int, columns: int) -> Tensor:
@@ -139,6 +133,22 @@ def busiest_work(strips: int, tiles: int, tile_words: int, packets: int) -> floa
     """Instructions of the busiest multiprocessor's warps, with a kernel's measured costs, on a GPU of usual size."""
     rounds = ceil_div(ceil_div(strips, 12) * tiles, 132)
     return rounds * (200 + 105 * tile_words + 17 * (2 + packets / (strips * tiles * LANES)))
+
+
+def packet_offsets(packets: Tensor, rows: int, columns: int) -> Tensor:
+    """Where each tile's packets begin, and where they end: int32 [tiles + 1], from how many each tile has, [tiles].
+
+    Raises:
+        ValueError: the matrix of ``rows`` x ``columns`` has too many.
+    """
+    offsets = torch.zeros(len(packets) + 1, dtype=torch.int64, device=packets.device)
+    torch.cumsum(packets, 0, out=offsets[1:])
+    if int(offsets[-1]) >= 2**31:
+        raise ValueError(
+            f"a matrix of {rows} x {columns} has {int(offsets[-1])} packets of {PACKET_VALUES} nonzeros; the format's "
+            f"offsets end at 2**31: split the matrix by rows"
+        )
+    return offsets.to(torch.int32)
 
 
 def tile_counts(counts: Tensor, tile_words: int) -> Tensor:

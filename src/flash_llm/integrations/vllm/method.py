@@ -18,7 +18,7 @@ from flash_llm.errors import CheckpointError, SlowPathWarning
 from flash_llm.integrations.vllm.operator import linear_at, remember
 from flash_llm.integrations.vllm.shares import Part, Rank, Shares
 from flash_llm.kernels import launch
-from flash_llm.nn import BUFFERS
+from flash_llm.nn import BUFFERS, EXPANDED
 from flash_llm.tensor import PackedWeight
 from flash_llm.tensor.dummy import random_packed
 
@@ -150,9 +150,6 @@ def _cast(weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
 
 @functools.cache
 def _say_expanded() -> None:
-    message = (
-        "compressed layers are expanded to dense: on a CPU there is no kernel that multiplies from compressed weights. "
-        "The results are the same; memory and speed are those of the dense model. Use a GPU for the gain."
-    )
+    message = f"compressed layers are {EXPANDED}"
     logger.warning(message)
     warnings.warn(message, SlowPathWarning, stacklevel=2)

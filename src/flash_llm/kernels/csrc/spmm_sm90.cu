@@ -1,8 +1,8 @@
 // The multiplying kernel for Hopper: X comes by the tensor copy engine, and from N = 32 on wgmma multiplies.
 //
 // Also compiled with STAGES, the pieces of X that are in flight or in use, REGISTERS of a multiplying thread, RESIDENT
-// blocks that are to share a multiprocessor, and WGMMA, 0 or 1. A warp of its own fetches the pieces; the others wait only for the piece they need and tell when they are done with
-// it, so that they may drift apart.
+// blocks that are to share a multiprocessor, and WGMMA, 0 or 1. A warp of its own fetches the pieces; the others wait only
+// for the piece they need and tell when they are done with it, so that they may drift apart.
 #include "hopper.cuh"
 #include "spmm.cuh"
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 from typing import Any
 
-
-def can_plot() -> bool:
-    """Whether matplotlib is there."""
-    return importlib.util.find_spec("matplotlib") is not None
+from flash_llm.plotting import png, require_plot
 
 
 def plot(curve: dict[str, Any]) -> bytes:
@@ -25,8 +20,7 @@ def plot(curve: dict[str, Any]) -> bytes:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    if not can_plot():
-        raise ImportError("A plot needs matplotlib: pip install 'flash-llm[bench]'.")
+    require_plot()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -45,6 +39,4 @@ def plot(curve: dict[str, Any]) -> bytes:
         zeros.set_ylabel("zeros in pruned layers, % (dashed)")
     panel.legend(frameon=False)
     panel.set_title(curve["title"], loc="left", fontsize=9)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
+    return png(figure)

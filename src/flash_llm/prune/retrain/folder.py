@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from flash_llm.errors import CheckpointError
 from flash_llm.files import write_json, write_whole
+from flash_llm.plotting import can_plot
 from flash_llm.progress import progress_bar
 from flash_llm.prune.calibration import digest, load_ids
-from flash_llm.prune.files import write_tensors
+from flash_llm.prune.files import check_out, write_tensors
 from flash_llm.prune.folder import RECORD, RECORD_VERSION
 from flash_llm.prune.job import Job
 from flash_llm.prune.retrain.config import RetrainConfig
-from flash_llm.prune.retrain.curve import can_plot, plot
+from flash_llm.prune.retrain.curve import plot
 from flash_llm.prune.retrain.data import Batches
 from flash_llm.prune.retrain.interrupt import deferred_interrupts
 from flash_llm.prune.retrain.lora import add_adapters, merge_adapters
@@ -111,8 +112,7 @@ def retrain(
         KeyboardInterrupt: the run was asked to stop; it can be taken up.
     """
     source, out = open_source(Path(model_dir)), Path(out_dir).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"Output {out} exists and is not an empty folder; remove it or name another.")
+    check_out(out)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     skeleton = Skeleton(source, torch.float32, torch.device("cpu"))
     layers = masked_layers(source, skeleton, config)
