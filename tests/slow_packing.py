@@ -8,12 +8,19 @@ from flash_llm.tensor.layout import LANES, PACKET_VALUES, WORD_BITS, bit_positio
 from sparse_matrices import bits
 
 Value = int
-"""A 16-bit float's own bits."""
+"""A stored value's own bits."""
 
 
-def slow_pack(dense: Tensor, tile_words: int) -> tuple[list[list[list[int]]], list[Value], list[int]]:
-    """(bitmap [strips][words][32] of unsigned words, values, offsets)."""
+def slow_pack(
+    dense: Tensor, tile_words: int, stored: Tensor | None = None
+) -> tuple[list[list[list[int]]], list[Value], list[int]]:
+    """(bitmap [strips][words][32] of unsigned words, values, offsets).
+
+    ``stored``: the bytes of 8-bit values, uint8 of dense's shape; None: dense's own 16 bits are stored.
+    """
     matrix = bits(dense).tolist()
+    numbers = matrix if stored is None else stored.tolist()
+    per_packet = PACKET_VALUES if stored is None else 2 * PACKET_VALUES
     rows, columns = len(matrix), len(matrix[0])
     strips, words = -(-rows // 16), -(-columns // 64)
     bitmap = [[[0] * LANES for _ in range(words)] for _ in range(strips)]
@@ -29,18 +36,18 @@ def slow_pack(dense: Tensor, tile_words: int) -> tuple[list[list[list[int]]], li
                         row, column = 16 * strip + row, 64 * word + column
                         if row < rows and column < columns and matrix[row][column] & 0x7FFF:
                             bitmap[strip][word][lane] |= 1 << bit_position(element)
-                            lanes[lane].append(matrix[row][column])
-            values += in_packets(lanes)
-            offsets.append(len(values) // PACKET_VALUES)
+                            lanes[lane].append(numbers[row][column])
+            values += in_packets(lanes, per_packet)
+            offsets.append(len(values) // per_packet)
     return bitmap, values, offsets
 
 
-def in_packets(lanes: list[list[Value]]) -> list[Value]:
+def in_packets(lanes: list[list[Value]], per_packet: int) -> list[Value]:
     """A tile's values: all lanes' first packets, then the second packets of the lanes that have one, and so on."""
     stored: list[Value] = []
-    for start in range(0, max(map(len, lanes)), PACKET_VALUES):
+    for start in range(0, max(map(len, lanes)), per_packet):
         for mine in lanes:
-            packet = mine[start : start + PACKET_VALUES]
+            packet = mine[start : start + per_packet]
             if packet:
-                stored += packet + [0] * (PACKET_VALUES - len(packet))
+                stored += packet + [0] * (per_packet - len(packet))
     return stored

@@ -1,10 +1,10 @@
 """Compressed model folders: Hugging Face folder in, Hugging Face folder out, tensor by tensor.
 
 A compressed folder is the dense one with each packed layer's ``NAME.weight`` replaced by ``NAME.weight_bitmap``,
-``NAME.weight_values`` and ``NAME.weight_offsets``, and a ``quantization_config`` in config.json that says what is
-packed and how every tensor may be checked. The ``NAME.weight`` of the layer whose name sorts first stays, with no
-elements: a loader that doesn't know the format then stops at its shape, where it would otherwise fill what it misses
-with random numbers.
+``NAME.weight_values`` and ``NAME.weight_offsets`` (and ``NAME.weight_scales``, if values have 8 bits), and a
+``quantization_config`` in config.json that says what is packed and how every tensor may be checked. The ``NAME.weight``
+of the layer whose name sorts first stays, with no elements: a loader that doesn't know the format then stops at its
+shape, where it would otherwise fill what it misses with random numbers.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from flash_llm.folder import (
     read_json,
 )
 from flash_llm.nn import BUFFERS, DEFAULT_SKIP, CompressReport
-from flash_llm.tensor import PackedWeight, checksum, empty_state
-from flash_llm.tensor.layout import FORMAT_VERSION, VALUE_DTYPES
+from flash_llm.tensor import PackedWeight, ValueKind, checksum, empty_state
+from flash_llm.tensor.layout import VALUE_DTYPES
+from flash_llm.tensor.packed import check_version, parse_metadata, tensor_names
 
 QUANT_METHOD = "flash_llm"
 PRUNING = "pruning.json"
@@ -57,12 +58,14 @@ class FolderReport(CompressReport):
     Attributes:
         packed: layers that were packed, by their names in the checkpoint.
         skipped: layers that stay dense, and why.
-        dtype: of the packed values.
+        dtype: of the packed weights.
+        values: how their nonzeros are stored: "16-bit", "float8_e4m3" or "int8".
         source_nbytes, nbytes: bytes of all tensors before and after.
         notes: what was decided without being asked, in words.
     """
 
     dtype: str = ""
+    values: str = ""
     source_nbytes: int = 0
     nbytes: int = 0
     notes: list[str] = field(default_factory=list)
@@ -72,7 +75,8 @@ class FolderReport(CompressReport):
 class LayerInfo:
     """A linear layer of a folder.
 
-    ``nnz`` and ``sparsity`` are None where nobody counted; ``reason`` says why a dense layer is dense.
+    ``nnz`` and ``sparsity`` are None where nobody counted; ``reason`` says why a dense layer is dense; ``values`` how a
+    packed one's nonzeros are stored.
     """
 
     name: str
@@ -83,6 +87,7 @@ class LayerInfo:
     dense_nbytes: int
     nnz: int | None = None
     reason: str | None = None
+    values: str = ValueKind.BITS16.value
 
     @property
     def sparsity(self) -> float | None:
@@ -148,6 +153,7 @@ def compress_folder(
     *,
     skip: Iterable[str] = DEFAULT_SKIP,
     dtype: str | torch.dtype | None = None,
+    values: str | ValueKind | None = None,
     device: str | torch.device = "cpu",
     min_sparsity: float | None = None,
     max_shard_size: int | str = "5GB",
@@ -164,9 +170,11 @@ def compress_folder(
         skip: regular expressions; layers in whose name one is found stay dense.
         dtype: "float16" or "bfloat16": converts the model. None keeps what it is in, if that is one of the two, and
             takes bfloat16 for a float32 model, with a note in the report and a warning.
+        values: how nonzeros are stored: "16-bit", as they are; or rounded to "float8_e4m3" or "int8", with a scale for
+            each row. None: what the model was pruned for, see :func:`flash_llm.prune.prune_folder`, else 16 bits.
         device: where layers are packed; the result is the same.
         min_sparsity: layers with a smaller share of zeros stay dense; 0 packs all. None: layers stay dense that would
-            not shrink to 85 % of their bytes, which is about those below 25 % of zeros.
+            not shrink to 85 % of their bytes, which is about those below 25 % of zeros, and with 8-bit values none.
         max_shard_size: bytes of a file, or as "5GB".
         progress: show a bar if standard error is a terminal.
 
@@ -174,8 +182,8 @@ def compress_folder(
         What was packed, what was not and why, and the bytes.
 
     Raises:
-        ValueError: a model without linear layers, or none that gains; a bad ``dtype``, ``min_sparsity``, pattern or
-            size; weights that overflow ``dtype``.
+        ValueError: a model without linear layers, or none that gains; a bad ``dtype``, ``values``, ``min_sparsity``,
+            pattern or size; weights that overflow ``dtype``, or are NaN or infinite and to be of 8 bits.
         TypeError: linear layers of integers or 8-bit floats.
         FileNotFoundError: no such model folder, or a shard is missing.
         FileExistsError: the output folder is not empty.
@@ -188,15 +196,16 @@ def compress_folder(
     max_bytes, device = parse_size(max_shard_size), torch.device(device)
     folder = ModelFolder(model_dir)
     _check_dense(folder)
+    kind = ValueKind(values or (_pruning(folder) or {}).get("values") or ValueKind.BITS16)
     infos = {name: folder.info(name) for name in folder.names}
     report = FolderReport()
     candidates = _candidates(folder, infos, skip, report)
     target = _target_dtype(infos, candidates, dtype, report)
     report.source_nbytes = sum(info.nbytes for info in infos.values())
-    pack = _Packer(device, min_sparsity)
+    pack = _Packer(device, min_sparsity, kind)
     layers: dict[str, Any] = {}
     checksums: dict[str, str] = {}
-    with new_folder(out_dir, _estimate(folder, infos, candidates, target)) as out:
+    with new_folder(out_dir, _estimate(folder, infos, candidates, target, kind)) as out:
         writer = ShardWriter(out, max_bytes)
         for name in _progress(folder.names, "Compressing", progress):
             tensor = _converted(name, folder.read(name), target)
@@ -205,8 +214,8 @@ def compress_folder(
             if isinstance(weight, PackedWeight):
                 layers[layer] = weight.metadata()
                 report.packed.append(layer)
-                for part, buffer in BUFFERS.items():
-                    writer.add(f"{layer}.{buffer}", weight.tensors()[part].cpu())
+                for part, packed in weight.tensors().items():
+                    writer.add(f"{layer}.{BUFFERS[part]}", packed.cpu())
                 continue
             if weight is not None:
                 report.skipped[layer] = weight
@@ -220,7 +229,7 @@ def compress_folder(
         record = make_record(layers, report.skipped, checksums, _pruning(folder))
         write_json(out / CONFIG, _signed(_with_dtype(folder.config, target) | {"quantization_config": record}))
     report.nbytes = writer.nbytes
-    report.dtype = next(iter(layers.values()))["dtype"]
+    report.dtype, report.values = next(iter(layers.values()))["dtype"], kind.value
     return report
 
 
@@ -228,6 +237,8 @@ def decompress_folder(
     model_dir: str | Path, out_dir: str | Path, *, max_shard_size: int | str = "5GB", progress: bool = True
 ) -> None:
     """Makes the dense folder again that a compressed one was packed from: the same weights, bit for bit (-0.0 is 0).
+
+    Those that were stored in 8 bits come as they were rounded.
 
     Raises:
         CheckpointError, FormatError: the folder is not compressed, or damaged.
@@ -352,7 +363,7 @@ def make_record(
     """
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": max((metadata["format_version"] for metadata in layers.values()), default=1),
         "layers": dict(layers),
         "dense": dict(dense),
         "checksums": dict(checksums),
@@ -382,10 +393,7 @@ def folder_record(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def check_record(record: Mapping[str, Any]) -> None:
     """Checks the version of a ``quantization_config`` and that all its parts are there. Raises as folder_record."""
-    version = record.get("format_version")
-    if version != FORMAT_VERSION:
-        hint = "upgrade flash-llm" if isinstance(version, int) and version > FORMAT_VERSION else "compress it again"
-        raise FormatError(f"compressed folder of format version {version!r}; this reads {FORMAT_VERSION}: {hint}")
+    check_version(record.get("format_version"), "compressed folder of format version")
     wrong = [part for part in ("layers", "dense", "checksums") if not isinstance(record.get(part), Mapping)]
     if wrong or not all(isinstance(metadata, Mapping) for metadata in record["layers"].values()):
         raise CheckpointError(
@@ -445,7 +453,7 @@ def _checked_record(folder: ModelFolder) -> dict[str, Any]:
 
 
 def _check_names(files: TensorFiles, record: Mapping[str, Any]) -> None:
-    packed = {f"{layer}.{buffer}" for layer in record["layers"] for buffer in BUFFERS.values()}
+    packed = {name for layer, metadata in record["layers"].items() for name in stored_names(layer, metadata).values()}
     expected, stored = packed | set(record["checksums"]), set(files.names)
     for wrong, what in ((expected - stored, "lack"), (stored - expected, "have an unknown tensor")):
         if wrong:
@@ -466,8 +474,17 @@ def _check_dense_tensor(files: TensorFiles, record: Mapping[str, Any], name: str
 
 
 def _read_packed(folder: ModelFolder, record: Mapping[str, Any], layer: str) -> PackedWeight:
-    tensors = {part: folder.read(f"{layer}.{buffer}") for part, buffer in BUFFERS.items()}
+    tensors = {part: folder.read(name) for part, name in stored_names(layer, record["layers"][layer]).items()}
     return validated(PackedWeight.from_state(tensors, record["layers"][layer]), layer, record["layers"][layer])
+
+
+def stored_names(layer: str, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The names in the files of a packed layer's tensors, by what they are: "bitmap" and so on.
+
+    Raises:
+        FormatError: the metadata make no sense.
+    """
+    return {part: f"{layer}.{BUFFERS[part]}" for part in tensor_names(parse_metadata(metadata)["kind"])}
 
 
 def validated(weight: PackedWeight, layer: str, metadata: Mapping[str, Any]) -> PackedWeight:
@@ -565,8 +582,8 @@ def _converted(name: str, tensor: Tensor, target: torch.dtype | None) -> Tensor:
 class _Packer:
     """Packs a layer, or says why it is better left dense."""
 
-    def __init__(self, device: torch.device, min_sparsity: float | None) -> None:
-        self.device, self.min_sparsity = device, min_sparsity
+    def __init__(self, device: torch.device, min_sparsity: float | None, kind: ValueKind = ValueKind.BITS16) -> None:
+        self.device, self.min_sparsity, self.kind = device, min_sparsity, kind
 
     def __call__(self, dense: Tensor) -> PackedWeight | str:
         dense = dense.to(self.device)
@@ -575,17 +592,21 @@ class _Packer:
         if self.min_sparsity is not None:
             if 1 - density < self.min_sparsity:
                 return f"it has {sparsity}, less than {self.min_sparsity:.0%}"
-            return PackedWeight.from_dense(dense)
-        if density + 1 / 16 > WORTH:  # 16 bits a nonzero and one an element, the least that packing takes
+            return PackedWeight.from_dense(dense, values=self.kind)
+        if density * self.kind.nbytes / 2 + 1 / 16 > WORTH:  # the nonzeros and a bit an element: the least it takes
             return f"with {sparsity} it would not shrink to {WORTH:.0%}"
-        weight = PackedWeight.from_dense(dense)
+        weight = PackedWeight.from_dense(dense, values=self.kind)
         if weight.nbytes > WORTH * weight.dense_nbytes:
             return f"with {sparsity} it would only shrink to {weight.nbytes / weight.dense_nbytes:.0%}"
         return weight
 
 
 def _estimate(
-    folder: ModelFolder, infos: Mapping[str, TensorInfo], candidates: set[str], target: torch.dtype | None
+    folder: ModelFolder,
+    infos: Mapping[str, TensorInfo],
+    candidates: set[str],
+    target: torch.dtype | None,
+    kind: ValueKind,
 ) -> int:
     """Bytes of the output, roughly: the first rows of a layer tell how sparse it is."""
     total = 0
@@ -593,7 +614,8 @@ def _estimate(
         size = info.numel * (target or info.dtype).itemsize if info.dtype.is_floating_point else info.nbytes
         if name in candidates:
             sample = folder.read_rows(name, _SAMPLE_ROWS)
-            size = min(size, int(size * (int(sample.count_nonzero()) / max(sample.numel(), 1) + 0.1)))
+            share = int(sample.count_nonzero()) / max(sample.numel(), 1) * kind.nbytes / 2
+            size = min(size, int(size * (share + 0.1)))
         total += size
     return total
 
@@ -639,8 +661,10 @@ def _packed_layers(record: Mapping[str, Any]) -> list[LayerInfo]:
         state = empty_state(metadata)
         nbytes = sum(tensor.nbytes for tensor in state.values())
         rows, columns = (int(size) for size in metadata["shape"])
-        dense = rows * columns * state["values"].element_size()
-        layers.append(LayerInfo(name, (rows, columns), metadata["dtype"], True, nbytes, dense, metadata.get("nnz")))
+        dtype, values = metadata["dtype"], metadata.get("values", ValueKind.BITS16.value)
+        dense = rows * columns * getattr(torch, dtype).itemsize
+        nnz = metadata.get("nnz")
+        layers.append(LayerInfo(name, (rows, columns), dtype, True, nbytes, dense, nnz, values=values))
     return layers
 
 

@@ -13,11 +13,17 @@ from torch import Tensor, nn
 
 from flash_llm import ops
 from flash_llm.errors import SlowPathWarning
-from flash_llm.tensor import PackedWeight, empty_state, parse_metadata
+from flash_llm.tensor import PackedWeight, ValueKind, empty_state, parse_metadata
 from flash_llm.tensor.layout import VALUE_DTYPES
 
-BUFFERS = {"bitmap": "weight_bitmap", "values": "weight_values", "offsets": "weight_offsets"}
-"""PackedWeight's tensors and the buffers of SparseLinear, and so of a checkpoint, that hold them."""
+BUFFERS = {
+    "bitmap": "weight_bitmap",
+    "values": "weight_values",
+    "offsets": "weight_offsets",
+    "scales": "weight_scales",
+}
+"""PackedWeight's tensors and the buffers of SparseLinear, and so of a checkpoint, that hold them. Scales are there with
+8-bit values alone."""
 
 EXPANDED = (
     "expanded to dense: on a CPU there is no kernel that multiplies from compressed weights. The results are the same; "
@@ -39,6 +45,7 @@ class SparseLinear(nn.Module):
     weight_bitmap: Tensor
     weight_values: Tensor
     weight_offsets: Tensor
+    weight_scales: Tensor | None
 
     def __init__(
         self,
@@ -52,9 +59,11 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = fields["shape"]
         self.tile_words: int = fields["tile_words"]
         self.max_packets: int = fields["max_packets"]
-        self.packed_dtype: torch.dtype = getattr(torch, metadata["dtype"])
+        self.packed_dtype: torch.dtype = fields["dtype"]
+        self.dtype = self.packed_dtype
         self.metadata = dict(metadata)
-        for name, tensor in (tensors or empty_state(metadata)).items():
+        state: Mapping[str, Tensor | None] = {"scales": None, **(tensors or empty_state(metadata))}
+        for name, tensor in state.items():
             self.register_buffer(BUFFERS[name], tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._dense: Tensor | None = None
@@ -64,24 +73,28 @@ class SparseLinear(nn.Module):
         return cls(weight.metadata(), weight.tensors(), bias)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> SparseLinear:
-        """Packs a dense layer, on its own device. Raises what :meth:`PackedWeight.from_dense` raises."""
+    def from_linear(cls, linear: nn.Linear, values: str | ValueKind = ValueKind.BITS16) -> SparseLinear:
+        """Packs a dense layer, on its own device. Takes ``values`` and raises as :meth:`PackedWeight.from_dense`."""
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls.from_packed(PackedWeight.from_dense(linear.weight.detach()), bias)
+        return cls.from_packed(PackedWeight.from_dense(linear.weight.detach(), values=values), bias)
 
     @property
     def packed(self) -> PackedWeight:
         """The weight, sharing this layer's memory unless it was cast to a dtype that packed weights can't have."""
         shape = (self.out_features, self.in_features)
-        values = self.weight_values
-        if values.dtype not in VALUE_DTYPES:
+        values, scales = self.weight_values, self.weight_scales
+        if scales is None and values.dtype not in VALUE_DTYPES:
             values = values.to(self.packed_dtype)
-        return PackedWeight(shape, self.weight_bitmap, values, self.weight_offsets, self.tile_words, self.max_packets)
+        computed_in = None if scales is None else self.packed_dtype
+        numbers = (self.tile_words, self.max_packets)
+        return PackedWeight(
+            shape, self.weight_bitmap, values, self.weight_offsets, *numbers, scales=scales, computed_in=computed_in
+        )
 
     def expand(self) -> None:
         """Expands the weight, on a CPU, where :meth:`forward` needs it dense. Does nothing a second time."""
         if self._dense is None:
-            self._dense = self.packed.to_dense().to(self.weight_values.dtype)
+            self._dense = self.packed.to_dense(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight_bitmap.device.type == "cpu":
@@ -93,10 +106,16 @@ class SparseLinear(nn.Module):
         return ops.linear(x, self.packed, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        before = (self.weight_values, self.weight_scales)
+        # What becomes of the dtype, and so of 16-bit values; those of 8 bits and their scales keep theirs.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_values.device)).dtype
         super()._apply(fn, recurse)
         self._dense = None  # of the old device or dtype
-        if self.weight_values.dtype in VALUE_DTYPES:
-            self.packed_dtype = self.weight_values.dtype
+        if before[1] is not None and self.weight_scales is not None:
+            self.weight_values = _as_before(self.weight_values, before[0])
+            self.weight_scales = _as_before(self.weight_scales, before[1])
+        if self.dtype in VALUE_DTYPES:
+            self.packed_dtype = self.dtype
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -107,6 +126,11 @@ class SparseLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+def _as_before(moved: Tensor, before: Tensor) -> Tensor:
+    """A tensor that was moved, with the dtype that it had before."""
+    return moved if moved.dtype == before.dtype else before.to(moved.device)
+
+
 @dataclass
 class CompressReport:
     """What :func:`compress` did: layers' names, and why others stayed dense."""
@@ -115,21 +139,24 @@ class CompressReport:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def compress(model: nn.Module, skip: Iterable[str] = DEFAULT_SKIP) -> CompressReport:
+def compress(
+    model: nn.Module, skip: Iterable[str] = DEFAULT_SKIP, values: str | ValueKind = ValueKind.BITS16
+) -> CompressReport:
     """Replaces a model's linear layers by :class:`SparseLinear`, in place.
 
     Args:
         model: any module; its ``nn.Linear`` layers are replaced, each on its own device.
         skip: regular expressions; a layer whose name one of them is found in stays dense.
+        values: "16-bit"; or "float8_e4m3" or "int8", which nonzeros are rounded to, with a scale for each row.
 
     Returns:
         What was packed, and what was not and why.
 
     Raises:
-        ValueError: the model has no linear layer at all, or is itself one.
+        ValueError: the model has no linear layer at all, or is itself one; unknown ``values``.
         TypeError: a layer's weight is neither float16 nor bfloat16. The model is then as it was.
     """
-    patterns = [re.compile(pattern) for pattern in skip]
+    patterns, kind = [re.compile(pattern) for pattern in skip], ValueKind(values)
     report = CompressReport()
     # Names and dtypes, no modules: so each dense weight's memory is free once it is replaced.
     linears = {name: module.weight.dtype for name, module in model.named_modules() if type(module) is nn.Linear}
@@ -149,7 +176,7 @@ def compress(model: nn.Module, skip: Iterable[str] = DEFAULT_SKIP) -> CompressRe
         else:
             report.packed.append(name)
     for name in report.packed:
-        replace_module(model, name, SparseLinear.from_linear(cast(nn.Linear, model.get_submodule(name))))
+        replace_module(model, name, SparseLinear.from_linear(cast(nn.Linear, model.get_submodule(name)), kind))
     return report
 
 

@@ -49,14 +49,15 @@ def unpack(weight: PackedWeight) -> Tensor:
 
 def _flat(weight: PackedWeight) -> tuple[Any, ...]:
     rows, columns = weight.shape
-    tensors = (weight.bitmap, weight.values, weight.offsets)
-    return (*tensors, rows, columns, weight.tile_words, weight.max_packets)
+    tensors = (weight.bitmap, weight.values, weight.offsets, weight.scales)
+    return (*tensors, rows, columns, weight.tile_words, weight.max_packets, weight.dtype)
 
 
 def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
     rows, columns = weight.shape
-    if weight.dtype not in VALUE_DTYPES:
-        raise TypeError(f"a packed weight holds float16 or bfloat16 values, not {weight.dtype}: cast them back")
+    if weight.values.dtype not in (VALUE_DTYPES if weight.scales is None else _QUANTISED):
+        what = "float16 or bfloat16 values" if weight.scales is None else "float8_e4m3fn or int8 values with its scales"
+        raise TypeError(f"a packed weight holds {what}, not {weight.values.dtype}: cast them back")
     if x.dtype != weight.dtype:
         raise TypeError(f"x is {x.dtype} but the weight is {weight.dtype}; convert x with x.to({weight.dtype})")
     if x.dim() == 0 or x.shape[-1] != columns:
@@ -82,15 +83,29 @@ _SLOW_CPU = (
     "flash_llm.linear on a CPU expands the weight at every call, since there is no kernel for it; "
     "SparseLinear expands it once and keeps it"
 )
-_WEIGHT = "Tensor bitmap, Tensor values, Tensor offsets, int rows, int columns, int tile_words, int max_packets"
+_QUANTISED = (torch.float8_e4m3fn, torch.int8)
+_WEIGHT = (
+    "Tensor bitmap, Tensor values, Tensor offsets, Tensor? scales, int rows, int columns, int tile_words, "
+    "int max_packets, ScalarType dtype"
+)
 torch.library.define("flash_llm::linear", f"(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
 torch.library.define("flash_llm::unpack", f"({_WEIGHT}) -> Tensor")
 
 
 def _packed(
-    bitmap: Tensor, values: Tensor, offsets: Tensor, rows: int, columns: int, tile_words: int, max_packets: int
+    bitmap: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    rows: int,
+    columns: int,
+    tile_words: int,
+    max_packets: int,
+    dtype: torch.dtype,
 ) -> PackedWeight:
-    return PackedWeight((rows, columns), bitmap, values, offsets, tile_words, max_packets)
+    computed_in = None if scales is None else dtype
+    shape = (rows, columns)
+    return PackedWeight(shape, bitmap, values, offsets, tile_words, max_packets, None, scales, computed_in)
 
 
 @torch.library.impl("flash_llm::linear", "cpu")
@@ -120,20 +135,37 @@ def _unpack_cuda(*weight: Any) -> Tensor:
 
 @torch.library.register_fake("flash_llm::linear")
 def _linear_fake(
-    x: Tensor, bias: Tensor | None, bitmap: Tensor, values: Tensor, offsets: Tensor, rows: int, *_: int
+    x: Tensor,
+    bias: Tensor | None,
+    bitmap: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    rows: int,
+    *_: Any,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
 @torch.library.register_fake("flash_llm::unpack")
-def _unpack_fake(bitmap: Tensor, values: Tensor, offsets: Tensor, rows: int, columns: int, *_: int) -> Tensor:
-    return values.new_empty(rows, columns)
+def _unpack_fake(
+    bitmap: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    rows: int,
+    columns: int,
+    tile_words: int,
+    max_packets: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return values.new_empty(rows, columns, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, bias, *weight = inputs
-    ctx.save_for_backward(*weight[:3])
-    ctx.numbers = weight[3:]
+    ctx.save_for_backward(*weight[:4])
+    ctx.numbers = weight[4:]
     ctx.has_bias = bias is not None
 
 
@@ -143,7 +175,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad @ torch.ops.flash_llm.unpack(*ctx.saved_tensors, *ctx.numbers)
     if ctx.has_bias and ctx.needs_input_grad[1]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return (grad_x, grad_bias, *[None] * 7)
+    return (grad_x, grad_bias, *[None] * 9)
 
 
 torch.library.register_autograd("flash_llm::linear", _backward, setup_context=_setup_context)

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from flash_llm.errors import CheckpointError, FormatError
+from flash_llm.errors import CheckpointError, FormatError, SlowPathWarning
 from flash_llm.integrations.vllm.shares import Rank, Shares
-from flash_llm.nn import BUFFERS
 from flash_llm.tensor import PackedWeight
 
 CPU = torch.device("cpu")
@@ -36,8 +35,8 @@ def shares(
 
 
 def feed(target: Shares, part: int | None, weight: PackedWeight) -> None:
-    for name in reversed(BUFFERS):  # any order will do
-        target.add(part, name, weight.tensors()[name])
+    for name, tensor in reversed(weight.tensors().items()):  # any order will do
+        target.add(part, name, tensor)
 
 
 def dense_of(share: PackedWeight | torch.Tensor) -> torch.Tensor:
@@ -132,3 +131,32 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
     target = shares(whole, Rank(0, 3))
     with pytest.raises(CheckpointError, match=r"q_proj has 32 rows, of which each of 3 ranks would have 10"):
         feed(target, 0, PackedWeight.from_dense(whole[0]))
+
+
+@pytest.mark.parametrize("values", ["float8_e4m3", "int8"])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_shares_of_8_bit_parts_have_the_bytes_of_the_files(values: str, by_columns: bool) -> None:
+    whole = [matrix(64, 96, 1)] if by_columns else [matrix(64, 96, 1), matrix(32, 96, 2), matrix(32, 96, 3)]
+    packed = [PackedWeight.from_dense(part, values=values) for part in whole]
+    metadata = {name: part.metadata() for name, part in zip(PARTS, packed, strict=False)}
+    for number in range(2):
+        target = shares(whole, Rank(number, 2), by_columns=by_columns, metadata=metadata)
+        for place, part in enumerate(packed):
+            feed(target, place, part)
+        got = target.result()
+        assert isinstance(got, PackedWeight)
+        assert got.validate().kind.value == values
+        expected = torch.cat([part.to_dense().chunk(2, int(by_columns))[number] for part in packed])
+        assert torch.equal(got.to_dense(), expected)
+
+
+def test_parts_of_8_and_of_16_bits_are_held_in_16_and_that_is_said() -> None:
+    whole = [matrix(64, 96, 1), matrix(32, 96, 2), matrix(32, 96, 3)]
+    first = PackedWeight.from_dense(whole[0], values="int8")
+    target = shares(whole, Rank(), metadata={"q_proj": first.metadata()})
+    feed(target, 0, first)
+    target.add(1, "weight", whole[1])
+    target.add(2, "weight", whole[2])
+    with pytest.warns(SlowPathWarning, match="qkv_proj: some of q_proj, k_proj, v_proj have 8-bit values"):
+        got = target.result()
+    assert torch.equal(dense_of(got), torch.cat([first.to_dense(), *whole[1:]]))

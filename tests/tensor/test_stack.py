@@ -35,7 +35,7 @@ def test_a_stack_is_what_packing_the_stacked_matrix_gives(sizes: tuple[int, ...]
 def test_weights_that_differ_are_not_stacked() -> None:
     with pytest.raises(ValueError, match="nothing to stack"):
         stack([])
-    with pytest.raises(ValueError, match="different dtype, width or device"):
+    with pytest.raises(ValueError, match="different dtype, value kind, width or device"):
         stack([PackedWeight.from_dense(sparse(16, 64)), PackedWeight.from_dense(sparse(16, 128))])
 
 

@@ -36,7 +36,7 @@ from flash_llm.checkpoint import (
 from flash_llm.errors import CheckpointError
 from flash_llm.folder import CONFIG, TensorFiles, config_digest
 from flash_llm.nn import BUFFERS, DEFAULT_SKIP, SparseLinear, compress, expand_on_cpu, replace_module, sparse_layers
-from flash_llm.tensor import PackedWeight
+from flash_llm.tensor import PackedWeight, ValueKind
 from flash_llm.tensor.layout import VALUE_DTYPES
 
 # This module is imported from within the import of transformers' quantizers. More of transformers, and so
@@ -52,6 +52,7 @@ class FlashLLMConfig(QuantizationConfigMixin):
 
     Args:
         skip: regular expressions; when a dense model is packed, layers in whose name one is found stay dense.
+        values: how their nonzeros are then stored: "16-bit", "float8_e4m3" or "int8".
         record: the parts of a compressed folder's record, as they stand in its config.json.
 
     Raises:
@@ -59,9 +60,16 @@ class FlashLLMConfig(QuantizationConfigMixin):
         CheckpointError: parts are missing or of the wrong kind.
     """
 
-    def __init__(self, skip: Iterable[str] = DEFAULT_SKIP, quant_method: str = QUANT_METHOD, **record: Any) -> None:
+    def __init__(
+        self,
+        skip: Iterable[str] = DEFAULT_SKIP,
+        quant_method: str = QUANT_METHOD,
+        values: str = ValueKind.BITS16.value,
+        **record: Any,
+    ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]  # an enumeration of transformers' own
         self.skip = tuple(skip)
+        self.values = ValueKind(values).value
         if record:
             check_record(record)
         self.record = record
@@ -171,7 +179,7 @@ class FlashLLMQuantizer(HfQuantizer):
             if parameter.dtype != wanted and parameter.is_floating_point() and not in_float32(name):
                 parameter.data = parameter.data.to(wanted)
         for name, layer in sparse_layers(model).items():
-            if self.dtype is None or layer.weight_values.dtype == self.dtype:
+            if self.dtype is None or layer.dtype == self.dtype:
                 continue
             if layer.weight_values.device.type != "cpu" and self.dtype not in VALUE_DTYPES:
                 raise ValueError(
@@ -187,7 +195,7 @@ class FlashLLMQuantizer(HfQuantizer):
                 "a dense model can be packed at load on one device only, not over a device_map of several; compress "
                 "its folder first with flash_llm.checkpoint.compress_folder, and load that"
             )
-        report = compress(model, self.config.skip)
+        report = compress(model, self.config.skip, self.config.values)
         self.config.record = make_record({}, report.skipped, {}, None)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -198,12 +206,13 @@ class FlashLLMQuantizer(HfQuantizer):
         if offloaded is not None:
             raise ValueError(f"{offloaded} is offloaded; load the model without offload to save it")
         stored = _stored_names(model, layers)
-        packed = {stored[name]: _storable(layer) for name, layer in layers.items()}
+        packed = {stored[name]: layer.packed for name, layer in layers.items()}
         for name in layers:
             state |= {f"{name}.{BUFFERS[part]}": tensor for part, tensor in packed[stored[name]].tensors().items()}
         if layers:  # see flash_llm.checkpoint
             first = min(layers, key=lambda name: stored[name])
-            state[f"{first}.weight"] = packed[stored[first]].values.new_empty(0)
+            weight = packed[stored[first]]
+            state[f"{first}.weight"] = torch.empty(0, dtype=weight.dtype, device=weight.device)
         old = self.config.record
         self.config.record = make_record(
             {name: weight.metadata() for name, weight in packed.items()},
@@ -225,24 +234,15 @@ class FlashLLMQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, layer in sparse_layers(model).items():
             linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            linear.weight = nn.Parameter(layer.packed.to_dense().to(dtype or layer.weight_values.dtype))
+            linear.weight = nn.Parameter(layer.packed.to_dense(dtype or layer.dtype))
             linear.register_parameter("bias", layer.bias)
             replace_module(model, name, linear)
         return model
 
 
 def _tensors(layer: SparseLinear) -> dict[str, Tensor]:
-    return {part: getattr(layer, buffer) for part, buffer in BUFFERS.items()}
-
-
-def _storable(layer: SparseLinear) -> PackedWeight:
-    """A layer's weight in a dtype that files may have: values cast to float32 go back to what they were."""
-    values = layer.weight_values
-    values = values if values.dtype in VALUE_DTYPES else values.to(layer.packed_dtype)
-    fields = PackedWeight.from_state(_tensors(layer) | {"values": values}, layer.metadata)
-    return PackedWeight(
-        fields.shape, fields.bitmap, fields.values, fields.offsets, fields.tile_words, fields.max_packets
-    )
+    tensors = {part: getattr(layer, buffer) for part, buffer in BUFFERS.items()}
+    return {part: tensor for part, tensor in tensors.items() if tensor is not None}
 
 
 def _stored_names(model: PreTrainedModel, layers: Mapping[str, SparseLinear]) -> dict[str, str]:

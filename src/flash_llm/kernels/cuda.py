@@ -8,6 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
+from flash_llm.errors import KernelError
 from flash_llm.kernels import counters, launch, plan
 from flash_llm.tensor import PackedWeight
 from flash_llm.tensor.layout import LANES, PACKET_VALUES, WORD_COLUMNS, grid
@@ -50,6 +51,7 @@ def device_properties(device: int) -> plan.Device:
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x [..., K] times the transposed weight, plus bias: [..., M]."""
+    _refuse_8_bits(weight)
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
     if flat.shape[0] >= plan.UNPACK_FROM:
@@ -64,6 +66,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 
 def unpack(weight: PackedWeight) -> Tensor:
     """The dense [M, K] matrix."""
+    _refuse_8_bits(weight)
     rows, columns = weight.shape
     device = weight.device.index
     dense = torch.empty(rows, columns, dtype=weight.dtype, device=weight.device)
@@ -79,6 +82,11 @@ def unpack(weight: PackedWeight) -> Tensor:
     blocks = min(-(-strips * tiles // _UNPACK_WARPS), per_processor * device_properties(device).multiprocessors)
     kernel.launch(params, blocks, _UNPACK_WARPS * LANES, shared, device)
     return dense
+
+
+def _refuse_8_bits(weight: PackedWeight) -> None:
+    if weight.scales is not None:
+        raise KernelError(f"there is no GPU kernel yet for values of {weight.kind.value}; run it on the CPU")
 
 
 def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from flash_llm.tensor import pack as _pack
-from flash_llm.tensor.layout import LANES, PACKET_VALUES, STRIP_ROWS, VALUE_DTYPES, grid
+from flash_llm.tensor.layout import LANES, STRIP_ROWS, VALUE_DTYPES, ValueKind, grid
 from flash_llm.tensor.packed import PackedWeight
 
 _DIGITS = 12
@@ -20,6 +22,7 @@ def random_packed(
     dtype: torch.dtype,
     device: torch.device | str,
     generator: torch.Generator | None = None,
+    values: str | ValueKind = ValueKind.BITS16,
 ) -> PackedWeight:
     """A [rows, columns] weight with that share of zeros at random places, and values in +-0.001.
 
@@ -29,9 +32,10 @@ def random_packed(
 
     Args:
         generator: of ``device``; None takes torch's own.
+        values: "16-bit", "float8_e4m3" or "int8".
 
     Raises:
-        ValueError: a size below 1, or a sparsity that is not from 0 up to, not including, 1.
+        ValueError: a size below 1, a sparsity that is not from 0 up to, not including, 1, or unknown ``values``.
         TypeError: a dtype that weights can't be packed in.
     """
     if rows < 1 or columns < 1:
@@ -45,12 +49,28 @@ def random_packed(
     bitmap = _random_bits((strips, words, LANES), 1 - sparsity, device, generator)
     _clear_margins(bitmap, rows, columns)
     counts = _pack.word_counts(bitmap)
-    tile_words = _pack.choose_tile_words(counts)
-    packets = _pack._packets(_pack.tile_counts(counts, tile_words))
+    kind = ValueKind(values)
+    tile_words = _pack.choose_tile_words(counts, kind)
+    packets = _pack._packets(_pack.tile_counts(counts, tile_words), kind.packet_values)
     offsets = _pack.packet_offsets(packets.sum(-1).flatten(), rows, columns)
-    values = torch.empty(int(offsets[-1]) * PACKET_VALUES, dtype=dtype, device=device)
-    values.uniform_(-_RANGE, _RANGE, generator=generator)
-    return PackedWeight((rows, columns), bitmap, values, offsets, tile_words, int(packets.max()))
+    numbers = _random_values(int(offsets[-1]) * kind.packet_values, kind, dtype, device, generator)
+    weight = PackedWeight((rows, columns), bitmap, numbers, offsets, tile_words, int(packets.max()))
+    if kind is ValueKind.BITS16:
+        return weight
+    scales = torch.full((rows,), _RANGE / kind.largest, dtype=torch.float32, device=device)
+    return replace(weight, scales=scales, computed_in=dtype)
+
+
+def _random_values(
+    count: int, kind: ValueKind, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    if kind is ValueKind.BITS16:
+        return torch.empty(count, dtype=dtype, device=device).uniform_(-_RANGE, _RANGE, generator=generator)
+    if kind is ValueKind.INT8:
+        return torch.randint(-127, 128, (count,), dtype=torch.int8, device=device, generator=generator)
+    bits = torch.randint(0, 256, (count,), dtype=torch.uint8, device=device, generator=generator)
+    bits[bits & 0x7F == 0x7F] -= 1  # no NaN
+    return bits.view(torch.float8_e4m3fn)
 
 
 def _random_bits(

@@ -8,9 +8,12 @@ nothing is ever exchanged between lanes. ``docs/format.md`` has the same in pros
 
 from __future__ import annotations
 
+from enum import Enum
+
 import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read; what is written is ``ValueKind.format_version``, the oldest that can say it."""
 
 STRIP_ROWS = 16
 """Rows of a strip: the M of the tensor cores' instruction for one warp."""
@@ -23,20 +26,77 @@ LANES = 32
 WORD_BITS = STRIP_ROWS * WORD_COLUMNS // LANES
 """Elements that a lane owns in a word, one bit each."""
 
+PACKET_BYTES = 16
+"""Bytes of a packet, the unit that a lane loads at a time."""
+
 PACKET_VALUES = 8
-"""Values of 16 bits in a packet, the unit that a lane loads at a time: 16 bytes."""
+"""Values of 16 bits in a packet; ``ValueKind.packet_values`` has it for all kinds."""
 
 LANE_CAPACITY = 96
 """Nonzeros that a lane may have in a tile. Kernels expand a tile in shared memory, 128 bytes a nonzero and warp, so
 this bounds what a warp needs; 96 lets 12 to 16 warps and a piece of X live together on one multiprocessor."""
 
 MAX_PADDING = 0.075
-"""How much larger than 2 bytes a nonzero and 1 bit an element a matrix may become for the sake of smaller tiles."""
+"""How much larger than its nonzeros and 1 bit an element a matrix may become for the sake of smaller tiles."""
 
 TILE_WORDS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 """Tile sizes that kernels are built for. With one or two words a lane can't exceed LANE_CAPACITY at any sparsity."""
 
 VALUE_DTYPES = (torch.float16, torch.bfloat16)
+"""What a packed weight is a matrix of, and so what x is of."""
+
+
+class ValueKind(Enum):
+    """How nonzeros are stored: as they are, or in 8 bits with a float32 scale for each row of the matrix."""
+
+    BITS16 = "16-bit"
+    E4M3 = "float8_e4m3"
+    INT8 = "int8"
+
+    @classmethod
+    def _missing_(cls, value: object) -> ValueKind:
+        if value == "fp8":
+            return cls.E4M3
+        known = ", ".join(repr(kind.value) for kind in cls)
+        raise ValueError(f"values={value!r}: it takes one of {known}")
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> ValueKind | None:
+        """The kind whose values have that dtype in memory; None if there is none."""
+        return cls.BITS16 if dtype in VALUE_DTYPES else _KINDS.get(dtype)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the values in memory; None for 16 bits, which is of the matrix's own."""
+        return next((dtype for dtype, kind in _KINDS.items() if kind is self), None)
+
+    @property
+    def code(self) -> int:
+        """0, 1 or 2: in checksums, and what kernels are compiled with."""
+        return list(ValueKind).index(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a value."""
+        return 2 if self is ValueKind.BITS16 else 1
+
+    @property
+    def packet_values(self) -> int:
+        """Values in a packet."""
+        return PACKET_BYTES // self.nbytes
+
+    @property
+    def largest(self) -> float:
+        """The largest value that 8 bits hold, before it is multiplied by the scale."""
+        return {ValueKind.E4M3: 448.0, ValueKind.INT8: 127.0}[self]
+
+    @property
+    def format_version(self) -> int:
+        """That weights of this kind are written in: readers of version 1 know 16-bit values alone."""
+        return 1 if self is ValueKind.BITS16 else 2
+
+
+_KINDS = {torch.float8_e4m3fn: ValueKind.E4M3, torch.int8: ValueKind.INT8}
 
 
 def bit_position(element: int) -> int:

@@ -21,11 +21,15 @@ from flash_llm.tensor.layout import (
     TILE_WORDS,
     WORD_BITS,
     WORD_COLUMNS,
+    ValueKind,
     ceil_div,
     grid,
 )
 
 _STEPS = WORD_BITS // 4
+STORED = 0x100
+"""Marks an element of the bitmap where an 8-bit value is carried in 16 bits: one that rounded to 0 is stored too."""
+
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 
@@ -48,47 +52,59 @@ def strip_chunks(rows: int, columns: int, device: torch.device) -> Iterator[tupl
         yield first, min(first + step, strips)
 
 
-def pack(dense: Tensor, tile_words: int | None = None) -> PackedTensors:
-    """Packs a [M, K] matrix of 16-bit floats. ``tile_words`` None: see :func:`choose_tile_words`."""
-    rows, columns = dense.shape
-    raw = dense.detach().contiguous().view(torch.int16)
+def pack(raw: Tensor, kind: ValueKind, tile_words: int | None = None) -> PackedTensors:
+    """Packs a [M, K] int16 matrix. ``tile_words`` None: see :func:`choose_tile_words`.
+
+    Args:
+        raw: the bits of 16-bit floats; or ``STORED`` and an 8-bit value where one is stored, and 0 elsewhere.
+        kind: which of the two.
+
+    Returns:
+        With values of int16, or uint8, which the caller knows the meaning of.
+    """
+    rows, columns = raw.shape
+    per_packet = kind.packet_values
     if tile_words is None:
-        tile_words = choose_tile_words(lane_counts(raw))
+        tile_words = choose_tile_words(lane_counts(raw), kind)
     strips, words, tiles = grid(rows, columns, tile_words)
-    bitmap = torch.empty(strips, words, LANES, dtype=torch.int32, device=dense.device)
+    bitmap = torch.empty(strips, words, LANES, dtype=torch.int32, device=raw.device)
     values, packets = [], []
     max_packets = 0
-    for first, last in strip_chunks(rows, columns, dense.device):
+    for first, last in strip_chunks(rows, columns, raw.device):
         lanes = _to_lane_order(raw[first * STRIP_ROWS : last * STRIP_ROWS], words, tile_words)
         mask = _nonzero(lanes)
         bits = _bits_from_mask(mask).view(last - first, tiles, LANES, tile_words).transpose(2, 3)
         bitmap[first:last] = bits.reshape(last - first, tiles * tile_words, LANES)[:, :words]
         counts = mask.sum(-1, dtype=torch.int32)
-        order = _packet_order(_packets(counts))
-        values.append(_select(lanes, mask, counts).view(-1, PACKET_VALUES)[order])
-        packets.append(_packets(counts).sum(-1).flatten())
-        max_packets = max(max_packets, int(_packets(counts).max()))
+        in_lanes = _packets(counts, per_packet)
+        chosen = _select(lanes, mask, counts, per_packet)
+        chosen = chosen if kind is ValueKind.BITS16 else chosen.to(torch.uint8)
+        values.append(chosen.view(-1, per_packet)[_packet_order(in_lanes)])
+        packets.append(in_lanes.sum(-1).flatten())
+        max_packets = max(max_packets, int(in_lanes.max()))
     offsets = packet_offsets(torch.cat(packets), rows, columns)
-    packed = torch.cat(values).view(-1).view(dense.dtype)
-    return PackedTensors(bitmap, packed, offsets, tile_words, max_packets)
+    return PackedTensors(bitmap, torch.cat(values).view(-1), offsets, tile_words, max_packets)
 
 
 def unpack(packed: PackedTensors, rows: int, columns: int) -> Tensor:
-    """The dense [M, K] matrix of a packed one."""
+    """The [M, K] int16 matrix that :func:`pack` was given."""
     bitmap, tile_words = packed.bitmap, packed.tile_words
     _, words, tiles = grid(rows, columns, tile_words)
-    dense = torch.empty(rows, columns, dtype=torch.int16, device=bitmap.device)
-    source = packed.values.view(torch.int16).view(-1, PACKET_VALUES)
+    raw = torch.empty(rows, columns, dtype=torch.int16, device=bitmap.device)
+    of_8_bits = packed.values.element_size() == 1
+    kind = ValueKind.INT8 if of_8_bits else ValueKind.BITS16
+    source = packed.values.view(torch.uint8 if of_8_bits else torch.int16).view(-1, kind.packet_values)
     for first, last in strip_chunks(rows, columns, bitmap.device):
         mask = mask_from_bitmap(bitmap[first:last], tile_words)
         counts = mask.sum(-1, dtype=torch.int32)
         begin, end = (int(packed.offsets[i * tiles]) for i in (first, last))
-        by_lane = torch.empty_like(source[begin:end])
-        by_lane[_packet_order(_packets(counts))] = source[begin:end]
-        lanes = _spread(by_lane.view(-1), mask, counts)
+        by_lane = torch.empty(end - begin, kind.packet_values, dtype=torch.int16, device=bitmap.device)
+        order = _packet_order(_packets(counts, kind.packet_values))
+        by_lane[order] = source[begin:end].to(torch.int16) | (STORED if of_8_bits else 0)
+        lanes = _spread(by_lane.view(-1), mask, counts, kind.packet_values)
         top, bottom = first * STRIP_ROWS, min(last * STRIP_ROWS, rows)
-        dense[top:bottom] = _from_lane_order(lanes, words)[: bottom - top, :columns]
-    return dense.view(packed.values.dtype)
+        raw[top:bottom] = _from_lane_order(lanes, words)[: bottom - top, :columns]
+    return raw
 
 
 def lane_counts(raw: Tensor) -> Tensor:
@@ -102,7 +118,7 @@ def lane_counts(raw: Tensor) -> Tensor:
     return torch.cat(counts)
 
 
-def choose_tile_words(counts: Tensor) -> int:
+def choose_tile_words(counts: Tensor, kind: ValueKind = ValueKind.BITS16) -> int:
     """The tile size for a matrix, from its ``lane_counts``; the same on any device.
 
     Among the sizes whose lanes stay within LANE_CAPACITY and whose padding to whole packets costs little, the one that
@@ -111,7 +127,7 @@ def choose_tile_words(counts: Tensor) -> int:
     """
     strips, words, lanes = counts.shape
     nonzeros = int(counts.sum(dtype=torch.int64))
-    wanted = MAX_PADDING * (2 * nonzeros + strips * words * lanes * 4)
+    wanted = MAX_PADDING * (kind.nbytes * nonzeros + strips * words * lanes * 4)
     best: tuple[bool, float, int] | None = None
     for tile_words in sorted(TILE_WORDS, reverse=True):
         if tile_words > 2 * words:
@@ -119,20 +135,21 @@ def choose_tile_words(counts: Tensor) -> int:
         in_tiles = tile_counts(counts, tile_words)
         if int(in_tiles.max()) > LANE_CAPACITY:
             continue
-        packets = int(_packets(in_tiles).sum(dtype=torch.int64))
-        padded = 2 * (PACKET_VALUES * packets - nonzeros) > wanted
+        packets = int(_packets(in_tiles, kind.packet_values).sum(dtype=torch.int64))
+        padded = kind.nbytes * (kind.packet_values * packets - nonzeros) > wanted
         if padded and best is not None:
             break  # smaller tiles are padded more
-        work = busiest_work(strips, in_tiles.shape[1], tile_words, packets)
+        work = busiest_work(strips, in_tiles.shape[1], tile_words, packets, kind)
         if best is None or (padded, work) < best[:2]:
             best = (padded, work, tile_words)
     return best[2] if best else min(TILE_WORDS)
 
 
-def busiest_work(strips: int, tiles: int, tile_words: int, packets: int) -> float:
+def busiest_work(strips: int, tiles: int, tile_words: int, packets: int, kind: ValueKind = ValueKind.BITS16) -> float:
     """Instructions of the busiest multiprocessor's warps, with a kernel's measured costs, on a GPU of usual size."""
     rounds = ceil_div(ceil_div(strips, 12) * tiles, 132)
-    return rounds * (200 + 105 * tile_words + 17 * (2 + packets / (strips * tiles * LANES)))
+    a_packet = 17 * kind.packet_values // PACKET_VALUES
+    return rounds * (200 + 105 * tile_words + a_packet * (2 + packets / (strips * tiles * LANES)))
 
 
 def packet_offsets(packets: Tensor, rows: int, columns: int) -> Tensor:
@@ -145,8 +162,8 @@ def packet_offsets(packets: Tensor, rows: int, columns: int) -> Tensor:
     torch.cumsum(packets, 0, out=offsets[1:])
     if int(offsets[-1]) >= 2**31:
         raise ValueError(
-            f"a matrix of {rows} x {columns} has {int(offsets[-1])} packets of {PACKET_VALUES} nonzeros; the format's "
-            f"offsets end at 2**31: split the matrix by rows"
+            f"a matrix of {rows} x {columns} has {int(offsets[-1])} packets of nonzeros; the format's offsets end at "
+            f"2**31: split the matrix by rows"
         )
     return offsets.to(torch.int32)
 
@@ -211,8 +228,8 @@ def _bits_from_mask(mask: Tensor) -> Tensor:
     return (bytes_ << _shifts(mask.device)).sum(-1, dtype=torch.int32)
 
 
-def _packets(counts: Tensor) -> Tensor:
-    return (counts + (PACKET_VALUES - 1)) // PACKET_VALUES
+def _packets(counts: Tensor, per_packet: int = PACKET_VALUES) -> Tensor:
+    return (counts + (per_packet - 1)) // per_packet
 
 
 def _packet_order(packets: Tensor) -> Tensor:
@@ -227,21 +244,21 @@ def _packet_order(packets: Tensor) -> Tensor:
     return (first + place)[place < packets.view(-1, 1, LANES)]
 
 
-def _with_padding(mask: Tensor, counts: Tensor) -> Tensor:
+def _with_padding(mask: Tensor, counts: Tensor, per_packet: int) -> Tensor:
     """The mask with as many true places appended to each lane as its last packet has to spare."""
-    spare = (-counts) % PACKET_VALUES
-    pad = torch.arange(PACKET_VALUES, device=mask.device) < spare.unsqueeze(-1)
+    spare = (-counts) % per_packet
+    pad = torch.arange(per_packet, device=mask.device) < spare.unsqueeze(-1)
     return torch.cat([mask, pad], dim=-1)
 
 
-def _select(lanes: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
+def _select(lanes: Tensor, mask: Tensor, counts: Tensor, per_packet: int) -> Tensor:
     """All lanes' nonzeros, each lane's padded with zeros to whole packets."""
-    padded = torch.nn.functional.pad(lanes, (0, PACKET_VALUES))
-    return padded.masked_select(_with_padding(mask, counts))
+    padded = torch.nn.functional.pad(lanes, (0, per_packet))
+    return padded.masked_select(_with_padding(mask, counts, per_packet))
 
 
-def _spread(values: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
+def _spread(values: Tensor, mask: Tensor, counts: Tensor, per_packet: int) -> Tensor:
     """The inverse of :func:`_select`."""
-    full = torch.zeros(*mask.shape[:-1], mask.shape[-1] + PACKET_VALUES, dtype=torch.int16, device=mask.device)
-    full.masked_scatter_(_with_padding(mask, counts), values)
+    full = torch.zeros(*mask.shape[:-1], mask.shape[-1] + per_packet, dtype=torch.int16, device=mask.device)
+    full.masked_scatter_(_with_padding(mask, counts, per_packet), values)
     return full[..., : mask.shape[-1]].contiguous()

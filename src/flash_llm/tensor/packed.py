@@ -16,30 +16,40 @@ from flash_llm.tensor.layout import (
     FORMAT_VERSION,
     LANE_CAPACITY,
     LANES,
-    PACKET_VALUES,
     STRIP_ROWS,
     TILE_WORDS,
     VALUE_DTYPES,
     WORD_COLUMNS,
+    ValueKind,
     grid,
 )
+from flash_llm.tensor.quantise import choose_scales, dequantise, quantise
 
 TENSOR_NAMES = ("bitmap", "values", "offsets")
+"""Of every weight; those with 8-bit values have "scales" too."""
+
+_NO_NUMBERS = {ValueKind.E4M3: (0x7F, 0xFF), ValueKind.INT8: (0x80,)}
+"""Bytes that are no value of a kind: NaN, and -128, which the symmetric range leaves out."""
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A [M, K] matrix of float16 or bfloat16 whose zeros take one bit each. ``docs/format.md`` describes every bit.
 
+    Nonzeros are stored as they are, or in 8 bits with a scale for each row.
+
     Attributes:
         shape: (M, K), rows and columns, each at least 1.
         bitmap: int32 [strips, words, 32], one bit an element.
-        values: float16 or bfloat16 [8 * packets], the nonzeros in the order of the tensor cores' registers.
+        values: the nonzeros in the order of the tensor cores' registers: float16 or bfloat16 [8 * packets], or
+            float8_e4m3fn or int8 [16 * packets].
         offsets: int32 [strips * tiles + 1], the first packet of every tile, and their number at the end.
         tile_words: bitmap words in a tile, one of ``layout.TILE_WORDS``.
         max_packets: the most packets that a lane has in any tile.
-        checksum: of the three tensors and of what they are read by (shape, tile size, dtype) as they were packed, or
-            None where it isn't known.
+        checksum: of the tensors and of what they are read by (shape, tile size, dtype) as they were packed, or None
+            where it isn't known.
+        scales: float32 [M], by which the 8-bit values of each row are multiplied; None with 16-bit values.
+        computed_in: with 8-bit values the matrix's dtype, float16 or bfloat16; else None, as the values have it.
     """
 
     shape: tuple[int, int]
@@ -49,45 +59,108 @@ class PackedWeight:
     tile_words: int
     max_packets: int
     checksum: int | None = None
+    scales: Tensor | None = None
+    computed_in: torch.dtype | None = None
 
     @classmethod
-    def from_dense(cls, dense: Tensor, *, tile_words: int | None = None) -> PackedWeight:
+    def from_dense(
+        cls,
+        dense: Tensor,
+        *,
+        tile_words: int | None = None,
+        values: str | ValueKind = ValueKind.BITS16,
+        scales: Tensor | None = None,
+    ) -> PackedWeight:
         """Packs a dense matrix on the device that it is on.
 
         Args:
-            dense: [M, K], float16 or bfloat16. NaN, infinities and subnormals keep their bits; -0.0 becomes 0.
+            dense: [M, K], float16 or bfloat16. 16-bit values keep their bits, also those of NaN, infinities and
+                subnormals; -0.0 becomes 0. 8-bit values are rounded to nearest, ties to even; a nonzero that rounds to
+                0 is stored as 0.
             tile_words: bitmap words in a tile; None takes what suits kernels best, see
                 :func:`flash_llm.tensor.pack.choose_tile_words`.
+            values: "16-bit", "float8_e4m3" or "int8".
+            scales: float32 [M], of 8-bit values; None: those of least squared error among some that are tried, see
+                :func:`flash_llm.tensor.quantise.choose_scales`.
 
         Raises:
-            TypeError: ``dense`` is not a float16 or bfloat16 tensor.
-            ValueError: it is not a matrix with at least one element, or ``tile_words`` is not among the known sizes
-                or too large for so many nonzeros.
+            TypeError: ``dense`` is not a float16 or bfloat16 tensor, or ``scales`` not of float32.
+            ValueError: it is not a matrix with at least one element; ``tile_words`` is not among the known sizes or too
+                large for so many nonzeros; ``values`` is unknown; ``scales`` don't fit; or 8 bits are to hold NaN or
+                infinities.
         """
         _check_dense(dense)
         if tile_words is not None and tile_words not in TILE_WORDS:
             raise ValueError(f"tile_words={tile_words} is not one of {TILE_WORDS}; leave it out to have it chosen")
-        packed = _pack.pack(dense, tile_words)
-        if packed.max_packets * PACKET_VALUES > LANE_CAPACITY:
+        kind = ValueKind(values)
+        bits = dense.detach().contiguous().view(torch.int16)
+        if kind is ValueKind.BITS16:
+            if scales is not None:
+                raise ValueError("scales are for 8-bit values; leave them out, or ask for values='int8', say")
+            return cls._from_raw(bits, kind, dense.dtype, None, tile_words)
+        if not bool(dense.isfinite().all()):
+            raise ValueError(f"NaN or infinite weights can't be stored as {kind.value}; store them with 16-bit values")
+        scales = choose_scales(dense.detach(), kind) if scales is None else _checked_scales(scales, dense)
+        stored = quantise(dense.detach(), scales, kind).to(torch.int16).bitwise_or_(_pack.STORED)
+        raw = stored.masked_fill_(bits & 0x7FFF == 0, 0)
+        return cls._from_raw(raw, kind, dense.dtype, scales, tile_words)
+
+    @classmethod
+    def _from_raw(
+        cls, raw: Tensor, kind: ValueKind, dtype: torch.dtype, scales: Tensor | None, tile_words: int | None = None
+    ) -> PackedWeight:
+        """Of a matrix as :func:`flash_llm.tensor.pack.pack` takes it."""
+        packed = _pack.pack(raw, kind, tile_words)
+        if packed.max_packets * kind.packet_values > LANE_CAPACITY:
             raise ValueError(
                 f"tile_words={tile_words} puts more than {LANE_CAPACITY} nonzeros into a lane of a tile; take a "
                 f"smaller one, or leave it out to have it chosen"
             )
-        return cls._of((int(dense.shape[0]), int(dense.shape[1])), packed)
-
-    @classmethod
-    def _of(cls, shape: tuple[int, int], packed: _pack.PackedTensors) -> PackedWeight:
-        weight = cls(shape, packed.bitmap, packed.values, packed.offsets, packed.tile_words, packed.max_packets)
+        weight = cls(
+            (int(raw.shape[0]), int(raw.shape[1])),
+            packed.bitmap,
+            packed.values.view(kind.dtype or dtype),
+            packed.offsets,
+            packed.tile_words,
+            packed.max_packets,
+            scales=scales,
+            computed_in=None if kind.dtype is None else dtype,
+        )
         return replace(weight, checksum=weight._checksum())
 
-    def to_dense(self) -> Tensor:
-        """The dense [M, K] matrix, on this weight's device, zeros as +0.0."""
-        return _pack.unpack(self._tensors(), *self.shape)
+    def _raw(self) -> Tensor:
+        """What :meth:`_from_raw` was given."""
+        packed = _pack.PackedTensors(self.bitmap, self.values, self.offsets, self.tile_words, self.max_packets)
+        return _pack.unpack(packed, *self.shape)
+
+    def _repacked(self, raw: Tensor, scales: Tensor | None) -> PackedWeight:
+        return PackedWeight._from_raw(raw, self.kind, self.dtype, scales)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense [M, K] matrix, on this weight's device, zeros as +0.0.
+
+        Args:
+            dtype: of the result; None: the weight's own. 8-bit values times their scales are rounded to it once.
+        """
+        raw, dtype = self._raw(), dtype or self.dtype
+        if self.scales is None:
+            return raw.view(self.dtype).to(dtype)
+        return dequantise(raw.to(torch.uint8), self.scales, self.kind, dtype)
+
+    @property
+    def kind(self) -> ValueKind:
+        """How nonzeros are stored."""
+        kind = ValueKind.of(self.values.dtype)
+        if kind is None:
+            raise FormatError(
+                f"values of {self.values.dtype}; a packed weight holds float16, bfloat16, float8_e4m3fn or int8"
+            )
+        return kind
 
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the matrix's elements."""
-        return self.values.dtype
+        return self.computed_in or self.values.dtype
 
     @property
     def device(self) -> torch.device:
@@ -95,13 +168,13 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the three tensors."""
-        return self.bitmap.nbytes + self.values.nbytes + self.offsets.nbytes
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes that the dense matrix would take."""
-        return self.shape[0] * self.shape[1] * self.values.element_size()
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     @property
     def nnz(self) -> int:
@@ -115,8 +188,17 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight on another device."""
-        moved = {name: getattr(self, name).to(device) for name in TENSOR_NAMES}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return replace(self, **moved)
+
+    def in_dtype(self, dtype: torch.dtype) -> PackedWeight:
+        """The same weight as a matrix of float16 or bfloat16. 16-bit values are rounded and those that become 0 stay
+        where they are; 8-bit values and scales are as they were."""
+        if dtype == self.dtype:
+            return self
+        if self.scales is not None:
+            return replace(self, computed_in=dtype, checksum=None)
+        return replace(self, values=self.values.to(dtype), checksum=None)
 
     def shard(self, dim: int, rank: int, world_size: int) -> PackedWeight:
         """One rank's equal share of the rows (``dim`` 0) or columns (``dim`` 1), as tensor parallelism wants it.
@@ -155,48 +237,56 @@ class PackedWeight:
         strips = self._strips(first, last)
         aligned = start % STRIP_ROWS == 0 and (stop % STRIP_ROWS == 0 or stop == self.shape[0])
         counts = _pack.word_counts(strips.bitmap)
-        if aligned and _pack.choose_tile_words(counts) == self.tile_words:
+        if aligned and _pack.choose_tile_words(counts, self.kind) == self.tile_words:
             most = int(_pack.tile_counts(counts, self.tile_words).max())
-            strips = replace(strips, max_packets=-(-most // PACKET_VALUES))
+            strips = replace(strips, max_packets=-(-most // self.kind.packet_values))
             # Copies: a view would keep the whole weight in memory.
-            strips = replace(strips, bitmap=strips.bitmap.clone(), values=strips.values.clone())
+            copies: dict[str, Any] = {name: tensor.clone() for name, tensor in strips.tensors().items()}
+            strips = replace(strips, **copies)
             return replace(strips, checksum=strips._checksum())
         top = first * STRIP_ROWS
-        return PackedWeight.from_dense(strips.to_dense()[start - top : stop - top])
+        scales = None if self.scales is None else self.scales[start:stop].clone()
+        return self._repacked(strips._raw()[start - top : stop - top], scales)
 
     def _columns(self, start: int, stop: int) -> PackedWeight:
         parts = []
         for first, last in _pack.strip_chunks(*self.shape, self.device):
-            parts.append(self._strips(first, last).to_dense()[:, start:stop].clone())
-        return PackedWeight.from_dense(torch.cat(parts))
+            parts.append(self._strips(first, last)._raw()[:, start:stop].clone())
+        return self._repacked(torch.cat(parts), None if self.scales is None else self.scales.clone())
 
     def _strips(self, first: int, last: int) -> PackedWeight:
         """A view of strips ``first`` to ``last - 1``."""
         tiles = grid(*self.shape, self.tile_words)[2]
         offsets = self.offsets[first * tiles : last * tiles + 1]
         begin, end = int(offsets[0]), int(offsets[-1])
+        top, bottom = first * STRIP_ROWS, min(last * STRIP_ROWS, self.shape[0])
+        per_packet = self.kind.packet_values
         return replace(
             self,
-            shape=(min(last * STRIP_ROWS, self.shape[0]) - first * STRIP_ROWS, self.shape[1]),
+            shape=(bottom - top, self.shape[1]),
             bitmap=self.bitmap[first:last],
-            values=self.values[begin * PACKET_VALUES : end * PACKET_VALUES],
+            values=self.values[begin * per_packet : end * per_packet],
             offsets=offsets - begin,
             checksum=None,
+            scales=None if self.scales is None else self.scales[top:bottom],
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors to store, by name: "bitmap", "values" and "offsets"."""
-        return {name: getattr(self, name) for name in TENSOR_NAMES}
+        """The tensors to store, by name: "bitmap", "values" and "offsets", and "scales" with 8-bit values."""
+        tensors = {name: getattr(self, name) for name in TENSOR_NAMES}
+        return tensors if self.scales is None else tensors | {"scales": self.scales}
 
     def metadata(self) -> dict[str, Any]:
         """What else must be stored, as JSON-ready values: format version, shape, tile size, counts, checksum."""
+        of_8_bits = {} if self.scales is None else {"values": self.kind.value}
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.kind.format_version,
             "shape": list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
+            **of_8_bits,
             "tile_words": self.tile_words,
             "max_packets": self.max_packets,
-            "packets": self.values.numel() // PACKET_VALUES,
+            "packets": self.values.numel() // self.kind.packet_values,
             "nnz": self.nnz,
             "checksum": f"{self._checksum() if self.checksum is None else self.checksum:016x}",
         }
@@ -209,17 +299,24 @@ class PackedWeight:
             FormatError: an unknown format version, a missing tensor, or metadata that make no sense.
         """
         fields = parse_metadata(metadata)
-        missing = [name for name in TENSOR_NAMES if name not in tensors]
+        kind: ValueKind = fields.pop("kind")
+        names = tensor_names(kind)
+        missing = [name for name in names if name not in tensors]
         if missing:
             raise FormatError(f"a packed weight lacks its tensors {missing}; the file is incomplete: make it again")
-        return cls(bitmap=tensors["bitmap"], values=tensors["values"], offsets=tensors["offsets"], **fields)
+        if kind.dtype is not None and tensors["values"].dtype != kind.dtype:
+            raise FormatError(f"values of {tensors['values'].dtype}, but the metadata say {kind.value}: damaged")
+        dtype = fields.pop("dtype")
+        fields |= {name: tensors[name] for name in names}
+        return cls(**fields, computed_in=kind.dtype and dtype)
 
     def validate(self) -> PackedWeight:
         """Proves that every offset and count is consistent, so that kernels may trust them. Returns self.
 
         Checks dtypes, devices and shapes; that bits beyond M and K are clear; that each tile has just the packets its
-        bits call for; and, where the checksum is known, that not a bit of the three tensors has changed, nor the shape,
-        the tile size or the dtype that they are read by.
+        bits call for; that 8-bit values are numbers and their scales finite and positive; and, where the checksum is
+        known, that not a bit of the tensors has changed, nor the shape, the tile size or the dtype that they are read
+        by.
 
         Raises:
             FormatError: saying what is wrong.
@@ -227,7 +324,8 @@ class PackedWeight:
         strips, words, tiles = self._check_shapes()
         self._check_margins(words)
         counts = _pack.tile_counts(_pack.word_counts(self.bitmap), self.tile_words)
-        packets = _pack._packets(counts)
+        per_packet = self.kind.packet_values
+        packets = _pack._packets(counts, per_packet)
         expected = torch.zeros(strips * tiles + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(packets.sum(-1).flatten(), 0, out=expected[1:])
         if not torch.equal(expected, self.offsets.long()):
@@ -235,12 +333,13 @@ class PackedWeight:
             raise FormatError(
                 f"offsets[{bad}] is {int(self.offsets[bad])}, but the bitmap calls for {int(expected[bad])}: damaged"
             )
-        if self.values.numel() != PACKET_VALUES * int(expected[-1]):
+        if self.values.numel() != per_packet * int(expected[-1]):
             raise FormatError(
-                f"{self.values.numel()} values, but the bitmap calls for {PACKET_VALUES * int(expected[-1])}: damaged"
+                f"{self.values.numel()} values, but the bitmap calls for {per_packet * int(expected[-1])}: damaged"
             )
         if int(packets.max()) != self.max_packets:
             raise FormatError(f"max_packets is {self.max_packets}, but the bitmap says {int(packets.max())}: damaged")
+        self._check_numbers()
         if self.checksum is not None and self._checksum() != self.checksum:
             raise FormatError(
                 f"the weight's checksum is {self._checksum():016x}, not {self.checksum:016x} as it was when it was "
@@ -249,12 +348,15 @@ class PackedWeight:
         return self
 
     def _check_shapes(self) -> tuple[int, int, int]:
-        if self.dtype not in VALUE_DTYPES:
-            raise FormatError(f"values of {self.dtype}; a packed weight holds float16 or bfloat16")
+        kind = self.kind
+        if self.dtype not in VALUE_DTYPES or (kind.dtype is None) != (self.computed_in is None):
+            raise FormatError(f"a matrix of {self.dtype}; a packed weight is one of float16 or bfloat16")
+        if (kind.dtype is None) != (self.scales is None):
+            raise FormatError(f"values of {kind.value} with{'out' if self.scales is None else ''} scales: damaged")
         if self.bitmap.dtype != torch.int32 or self.offsets.dtype != torch.int32:
             raise FormatError(f"bitmap and offsets must be int32, not {self.bitmap.dtype} and {self.offsets.dtype}")
-        if len({self.bitmap.device, self.values.device, self.offsets.device}) != 1:
-            raise FormatError("bitmap, values and offsets are on different devices; move them to one")
+        if len({tensor.device for tensor in self.tensors().values()}) != 1:
+            raise FormatError(f"{', '.join(self.tensors())} are on different devices; move them to one")
         strips, words, tiles = grid(*self.shape, self.tile_words)
         if tuple(self.bitmap.shape) != (strips, words, LANES):
             raise FormatError(
@@ -262,11 +364,29 @@ class PackedWeight:
             )
         if tuple(self.offsets.shape) != (strips * tiles + 1,):
             raise FormatError(f"offsets of shape {tuple(self.offsets.shape)}; {self.shape} needs {strips * tiles + 1}")
-        if self.values.dim() != 1 or self.values.numel() % PACKET_VALUES:
-            raise FormatError(f"values of shape {tuple(self.values.shape)} are no whole packets of {PACKET_VALUES}")
-        if any(not t.is_contiguous() for t in (self.bitmap, self.values, self.offsets)):
-            raise FormatError("bitmap, values and offsets must be contiguous")
+        if self.values.dim() != 1 or self.values.numel() % kind.packet_values:
+            raise FormatError(
+                f"values of shape {tuple(self.values.shape)} are no whole packets of {kind.packet_values}"
+            )
+        if self.scales is not None and (self.scales.dtype, self.scales.shape) != (torch.float32, self.shape[:1]):
+            raise FormatError(
+                f"scales of {self.scales.dtype} and shape {tuple(self.scales.shape)}; it takes float32, one for each "
+                f"of {self.shape[0]} rows"
+            )
+        if any(not tensor.is_contiguous() for tensor in self.tensors().values()):
+            raise FormatError(f"{', '.join(self.tensors())} must be contiguous")
         return strips, words, tiles
+
+    def _check_numbers(self) -> None:
+        """That 8-bit values and their scales are what a kernel expects."""
+        if self.scales is None:
+            return
+        if (row := _unusable(self.scales)) is not None:
+            raise FormatError(f"scales[{row}] is {float(self.scales[row])}; it takes finite ones above 0: damaged")
+        stored = self.values.view(torch.uint8)
+        for byte in _NO_NUMBERS[self.kind]:
+            if bool((stored == byte).any()):
+                raise FormatError(f"there are values {byte:#04x}, which is no number in {self.kind.value}: damaged")
 
     def _check_margins(self, words: int) -> None:
         rows, columns = self.shape
@@ -277,61 +397,108 @@ class PackedWeight:
         if bool(below.any()) or bool(right.any()):
             raise FormatError(f"the bitmap has bits set outside of {rows} x {columns}: damaged")
 
-    def _tensors(self) -> _pack.PackedTensors:
-        return _pack.PackedTensors(self.bitmap, self.values, self.offsets, self.tile_words, self.max_packets)
-
     def _checksum(self) -> int:
         parts = [checksum(getattr(self, name)) for name in TENSOR_NAMES]
         parts += [*self.shape, self.tile_words, VALUE_DTYPES.index(self.dtype)]
+        if self.scales is not None:
+            parts += [checksum(self.scales), self.kind.code]
         return sum((2 * position + 1) * part for position, part in enumerate(parts)) & ((1 << 64) - 1)
 
     def __repr__(self) -> str:
+        stored = "" if self.scales is None else f" from {self.kind.value}"
         return (
-            f"PackedWeight({self.shape[0]} x {self.shape[1]}, {str(self.dtype).removeprefix('torch.')}, "
+            f"PackedWeight({self.shape[0]} x {self.shape[1]}, {str(self.dtype).removeprefix('torch.')}{stored}, "
             f"{self.nbytes / max(self.dense_nbytes, 1):.1%} of dense, tile_words={self.tile_words}, {self.device})"
         )
 
 
+def tensor_names(kind: ValueKind) -> tuple[str, ...]:
+    """The names of the tensors of a weight whose values are of a kind."""
+    return TENSOR_NAMES if kind is ValueKind.BITS16 else (*TENSOR_NAMES, "scales")
+
+
 def parse_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a PackedWeight that ``PackedWeight.metadata`` stored, checked.
+    """The fields of a PackedWeight that ``PackedWeight.metadata`` stored, checked; with its "dtype" and "kind".
 
     Raises:
         FormatError: an unknown format version, or an entry that is missing or makes no sense.
     """
-    version = metadata.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        hint = "upgrade flash-llm" if isinstance(version, int) and version > FORMAT_VERSION else "compress it again"
-        raise FormatError(f"format version {version!r}; this release reads version {FORMAT_VERSION}: {hint}")
+    kind = _parse_kind(metadata)
     try:
         rows, columns = metadata["shape"]
         tile_words, max_packets = metadata["tile_words"], metadata["max_packets"]
+        dtype = getattr(torch, str(metadata["dtype"]), None)
         digest = int(metadata["checksum"], 16)
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"a packed weight's metadata are damaged ({error!r}): {dict(metadata)}") from error
     if any(type(number) is not int for number in (rows, columns, tile_words, max_packets)):
         raise FormatError(f"a packed weight's metadata are damaged, with other than integers: {dict(metadata)}")
-    if not (1 <= rows < 2**31 and 1 <= columns < 2**31 and tile_words in TILE_WORDS):
+    if not (1 <= rows < 2**31 and 1 <= columns < 2**31 and tile_words in TILE_WORDS and dtype in VALUE_DTYPES):
         raise FormatError(f"a packed weight's metadata are damaged: {dict(metadata)}")
-    if not 0 <= max_packets * PACKET_VALUES <= LANE_CAPACITY:
-        raise FormatError(f"max_packets={max_packets} is more than {LANE_CAPACITY // PACKET_VALUES}: damaged")
-    shape = (rows, columns)
-    return {"shape": shape, "tile_words": tile_words, "max_packets": max_packets, "checksum": digest}
+    if not 0 <= max_packets * kind.packet_values <= LANE_CAPACITY:
+        raise FormatError(f"max_packets={max_packets} is more than {LANE_CAPACITY // kind.packet_values}: damaged")
+    fields = {"shape": (rows, columns), "tile_words": tile_words, "max_packets": max_packets, "checksum": digest}
+    return fields | {"dtype": dtype, "kind": kind}
+
+
+def _parse_kind(metadata: Mapping[str, Any]) -> ValueKind:
+    """Version 1 knows 16-bit values alone, and version 2 is for the others."""
+    version = metadata.get("format_version")
+    check_version(version, "format version")
+    if version == ValueKind.BITS16.format_version:
+        return ValueKind.BITS16
+    known = {kind.value: kind for kind in ValueKind if kind.format_version == version}
+    values = metadata.get("values")
+    if not isinstance(values, str) or values not in known:
+        raise FormatError(
+            f"values of {values!r}, which this release doesn't know in format version {version}: upgrade flash-llm, or "
+            f"compress it again"
+        )
+    return known[values]
+
+
+def check_version(version: Any, what: str) -> None:
+    """Raises a FormatError that says what to do about a version that isn't known; ``what`` has it."""
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        hint = "upgrade flash-llm" if isinstance(version, int) and version > FORMAT_VERSION else "compress it again"
+        raise FormatError(f"{what} {version!r}; this release reads versions 1 to {FORMAT_VERSION}: {hint}")
 
 
 def empty_state(metadata: Mapping[str, Any], device: torch.device | str = "meta") -> dict[str, Tensor]:
     """Uninitialised tensors of the shapes and dtypes that a stored weight's metadata call for."""
     fields = parse_metadata(metadata)
     rows, columns = fields["shape"]
+    kind: ValueKind = fields["kind"]
     strips, words, tiles = grid(rows, columns, fields["tile_words"])
-    dtype = getattr(torch, str(metadata.get("dtype")), None)
     packets = metadata.get("packets")
-    if dtype not in VALUE_DTYPES or not isinstance(packets, int) or not 0 <= packets < 2**31:
+    if not isinstance(packets, int) or not 0 <= packets < 2**31:
         raise FormatError(f"a packed weight's metadata are damaged: {dict(metadata)}")
-    return {
+    state = {
         "bitmap": torch.empty(strips, words, LANES, dtype=torch.int32, device=device),
-        "values": torch.empty(packets * PACKET_VALUES, dtype=dtype, device=device),
+        "values": torch.empty(packets * kind.packet_values, dtype=kind.dtype or fields["dtype"], device=device),
         "offsets": torch.empty(strips * tiles + 1, dtype=torch.int32, device=device),
+        "scales": torch.empty(rows, dtype=torch.float32, device=device),
     }
+    return {name: state[name] for name in tensor_names(kind)}
+
+
+def _unusable(scales: Tensor) -> int | None:
+    """The first row whose scale is not finite and positive."""
+    bad = ~(scales.isfinite() & (scales > 0))
+    return int(bad.nonzero()[0]) if bool(bad.any()) else None
+
+
+def _checked_scales(scales: Tensor, dense: Tensor) -> Tensor:
+    if scales.dtype != torch.float32:
+        raise TypeError(f"scales of {scales.dtype}; they are float32")
+    if scales.shape != dense.shape[:1] or scales.device != dense.device:
+        raise ValueError(
+            f"scales of shape {tuple(scales.shape)} on {scales.device}; it takes one for each of {dense.shape[0]} "
+            f"rows, on {dense.device}"
+        )
+    if (row := _unusable(scales)) is not None:
+        raise ValueError(f"scales[{row}] is {float(scales[row])}; it takes finite ones above 0")
+    return scales.detach().clone()
 
 
 def _check_dense(dense: Tensor) -> None:

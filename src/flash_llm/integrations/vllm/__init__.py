@@ -9,6 +9,9 @@ from __future__ import annotations
 DUMMY_SPARSITY = "dummy_sparsity"
 """Key of a ``quantization_config`` that gives the share of zeros of ``--load-format dummy``'s random weights."""
 
+DUMMY_VALUES = "dummy_values"
+"""Key beside it that says how they are stored: "16-bit", the default, "float8_e4m3" or "int8"."""
+
 
 def register() -> None:
     """Makes vLLM know the quantization method ``flash_llm``. vLLM calls it in each of its processes."""

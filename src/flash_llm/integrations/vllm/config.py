@@ -16,10 +16,10 @@ from vllm.platforms import current_platform
 from flash_llm.checkpoint import QUANT_METHOD, check_config, check_record, check_tensors
 from flash_llm.errors import CheckpointError
 from flash_llm.folder import CONFIG, ModelFolder
-from flash_llm.integrations.vllm import DUMMY_SPARSITY
+from flash_llm.integrations.vllm import DUMMY_SPARSITY, DUMMY_VALUES
 from flash_llm.integrations.vllm.method import PackedLinearMethod
 from flash_llm.nn import DEFAULT_SKIP
-from flash_llm.tensor import parse_metadata
+from flash_llm.tensor import ValueKind, parse_metadata
 
 
 class FlashLLMConfig(QuantizationConfig):
@@ -31,10 +31,17 @@ class FlashLLMConfig(QuantizationConfig):
     Args:
         layers: metadata of the packed layers by their names in the files; None for a dense folder.
         dummy_sparsity: share of zeros of made-up weights, None where none was given.
+        dummy_values: how they are stored.
     """
 
-    def __init__(self, layers: Mapping[str, Any] | None = None, dummy_sparsity: float | None = None) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, Any] | None = None,
+        dummy_sparsity: float | None = None,
+        dummy_values: str = ValueKind.BITS16.value,
+    ) -> None:
         super().__init__()
+        self.dummy_values = ValueKind(dummy_values)
         self.record: Mapping[str, Any] = {}
         self.layers = None if layers is None else dict(layers)
         self.dummy_sparsity = dummy_sparsity
@@ -46,10 +53,11 @@ class FlashLLMConfig(QuantizationConfig):
         Raises:
             FormatError: of another format version.
             CheckpointError: parts are missing, or of the wrong kind.
-            ValueError: a share of zeros that is none.
+            ValueError: a share of zeros that is none, or unknown values.
         """
         if DUMMY_SPARSITY in config and "layers" not in config:
-            return cls(dummy_sparsity=_checked_sparsity(config[DUMMY_SPARSITY]))
+            values = config.get(DUMMY_VALUES, ValueKind.BITS16.value)
+            return cls(dummy_sparsity=_checked_sparsity(config[DUMMY_SPARSITY]), dummy_values=values)
         check_record(config)
         for metadata in config["layers"].values():
             parse_metadata(metadata)
@@ -98,7 +106,19 @@ class FlashLLMConfig(QuantizationConfig):
                 "load format dummy: how many zeros? Give the share, as in --hf-overrides "
                 f'\'{{"quantization_config": {{"quant_method": "{QUANT_METHOD}", "{DUMMY_SPARSITY}": 0.8}}}}\''
             )
-        return PackedLinearMethod(prefix, parts, self.layers or {}, pack_dense=self.layers is None, dummy=sparsity)
+        return PackedLinearMethod(
+            prefix,
+            parts,
+            self.layers or {},
+            pack_dense=self.layers is None,
+            dummy=sparsity,
+            dummy_values=self._values(parts),
+        )
+
+    def _values(self, parts: list[str]) -> ValueKind:
+        """How made-up weights are stored: as given, or as the files' record says."""
+        known = [self.layers[part] for part in parts if part in self.layers] if self.layers else []
+        return parse_metadata(known[0])["kind"] if known else self.dummy_values
 
     def _sparsity(self, parts: list[str]) -> float | None:
         """Of made-up weights: as given, or as the files' record says."""

@@ -19,7 +19,7 @@ from flash_llm.integrations.vllm.operator import linear_at, remember
 from flash_llm.integrations.vllm.shares import Part, Rank, Shares
 from flash_llm.kernels import launch
 from flash_llm.nn import BUFFERS, EXPANDED
-from flash_llm.tensor import PackedWeight
+from flash_llm.tensor import PackedWeight, ValueKind
 from flash_llm.tensor.dummy import random_packed
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM prints what is below its own name
@@ -36,6 +36,7 @@ class PackedLinearMethod(LinearMethodBase):
         metadata: of the packed layers in the files.
         pack_dense: pack the layer if that makes it smaller, though the files hold it dense.
         dummy: make up a weight with this share of zeros; None loads it.
+        dummy_values: how a made-up weight is stored.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class PackedLinearMethod(LinearMethodBase):
         *,
         pack_dense: bool = False,
         dummy: float | None = None,
+        dummy_values: ValueKind = ValueKind.BITS16,
     ) -> None:
         self.name, self.parts, self.metadata = name, list(parts), metadata
-        self.pack_dense, self.dummy = pack_dense, dummy
+        self.pack_dense, self.dummy, self.dummy_values = pack_dense, dummy, dummy_values
         self.shares: Shares | None = None
         self.dtype = torch.float16
         self.rows = 0
@@ -107,7 +109,7 @@ class PackedLinearMethod(LinearMethodBase):
             share = share if isinstance(packed, str) else packed
         if isinstance(share, PackedWeight) and share.device.type == "cpu":
             _say_expanded()
-            share = share.to_dense()
+            share = share.to_dense(self.dtype)
         if isinstance(share, Tensor):
             self._keep_dense(layer, share)
         else:
@@ -118,7 +120,8 @@ class PackedLinearMethod(LinearMethodBase):
         assert self.dummy is not None
         generator = torch.Generator(shares.device).manual_seed(0)
         dtype = self.dtype if self.dtype != torch.float32 else torch.bfloat16
-        return random_packed(sum(shares.rows), shares.columns, self.dummy, dtype, shares.device, generator)
+        shape = (sum(shares.rows), shares.columns)
+        return random_packed(*shape, self.dummy, dtype, shares.device, generator, self.dummy_values)
 
     def _keep_dense(self, layer: LinearBase, dense: Tensor) -> None:
         for name in BUFFERS.values():
@@ -129,10 +132,13 @@ class PackedLinearMethod(LinearMethodBase):
 
     def _keep_packed(self, layer: LinearBase, weight: PackedWeight) -> None:
         launch.architecture(weight.device.index)  # or an error that names the GPU
-        if weight.dtype != self.dtype:
-            weight = _cast(weight, self.dtype)
+        weight = weight.in_dtype(self.dtype)
+        tensors = weight.tensors()
         for tensor_name, name in BUFFERS.items():
-            setattr(layer, name, Parameter(weight.tensors()[tensor_name], requires_grad=False))
+            if tensor_name in tensors:
+                setattr(layer, name, Parameter(tensors[tensor_name], requires_grad=False))
+            else:
+                delattr(layer, name)  # scales, which 16-bit values have none of
         layer.packed = remember(weight)
         self.rows = weight.shape[0]
 
@@ -140,12 +146,6 @@ class PackedLinearMethod(LinearMethodBase):
         if self._dense is not None:
             return self._dense.apply(layer, x, bias)
         return linear_at(x, bias, layer.weight_bitmap, self.rows)
-
-
-def _cast(weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
-    """The weight in another dtype. Values that become 0 stay where they are."""
-    values = weight.values.to(dtype)
-    return PackedWeight(weight.shape, weight.bitmap, values, weight.offsets, weight.tile_words, weight.max_packets)
 
 
 @functools.cache

@@ -2,13 +2,14 @@
 
 An engine merges layers that read the same input (query, key and value; gate and up) into one, of several *parts*, and
 gives each rank of a tensor-parallel group a share of every part's rows, or of the columns. One part in the files is
-three tensors if it is packed and one if it is dense. They come in any order, are cut as soon as a part is complete,
-and the shares are stacked into one weight, so that a merged layer is one launch. What is in memory at any time is the
-shares so far and one part.
+three or four tensors if it is packed and one if it is dense. They come in any order, are cut as soon as a part is
+complete, and the shares are stacked into one weight, so that a merged layer is one launch. What is in memory at any
+time is the shares so far and one part.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from flash_llm.checkpoint import validated
-from flash_llm.errors import CheckpointError
+from flash_llm.errors import CheckpointError, SlowPathWarning
 from flash_llm.tensor import PackedWeight
-from flash_llm.tensor.packed import TENSOR_NAMES
+from flash_llm.tensor.packed import parse_metadata, tensor_names
 from flash_llm.tensor.stack import stack
 
 Part = PackedWeight | Tensor
@@ -65,7 +66,7 @@ class Shares:
 
         Args:
             part: its place in ``parts``; None where the files hold the merged layer as one.
-            tensor_name: "bitmap", "values", "offsets", or "weight" for a dense one.
+            tensor_name: "bitmap", "values", "offsets" or "scales", or "weight" for a dense one.
 
         Raises:
             FormatError: a packed part is damaged.
@@ -77,11 +78,16 @@ class Shares:
             return
         pending = self._pending.setdefault(part, {})
         pending[tensor_name] = tensor
-        if len(pending) == len(TENSOR_NAMES):
-            self._take(part, self._read(part, self._pending.pop(part)))
+        name, metadata = self._record(part)
+        if pending.keys() >= set(tensor_names(parse_metadata(metadata)["kind"])):
+            weight = PackedWeight.from_state(self._pending.pop(part), metadata)
+            self._take(part, validated(weight.to(self.device), name, metadata))
 
     def result(self) -> Part:
         """The share: dense if all parts were, else packed. Nothing of it is kept here.
+
+        Where some parts' values have 8 bits and others' 16, all get 16, which changes no number but takes more memory
+        than the files: a :class:`SlowPathWarning` says so.
 
         Raises:
             CheckpointError: something of the layer is missing.
@@ -95,19 +101,29 @@ class Shares:
         dense = [share for share in shares if isinstance(share, Tensor)]
         if len(dense) == len(shares):
             return dense[0] if len(dense) == 1 else torch.cat(dense)
-        return stack([PackedWeight.from_dense(share) if isinstance(share, Tensor) else share for share in shares])
+        packed = [PackedWeight.from_dense(share) if isinstance(share, Tensor) else share for share in shares]
+        if len({weight.kind for weight in packed}) > 1:
+            warnings.warn(
+                f"{self.name}: some of {', '.join(self.parts)} have 8-bit values and some don't; one launch takes one "
+                f"kind, so that all are held with 16-bit values",
+                SlowPathWarning,
+                stacklevel=2,
+            )
+            packed = [PackedWeight.from_dense(weight.to_dense()) for weight in packed]
+        return stack(packed)
 
     @property
     def empty(self) -> bool:
         """Nothing has come yet."""
         return not self._done and not self._pending
 
-    def _read(self, part: int | None, tensors: Mapping[str, Tensor]) -> PackedWeight:
+    def _record(self, part: int | None) -> tuple[str, Mapping[str, Any]]:
+        """A packed part's name in the files, and what config.json says of it."""
         name = self.name if part is None and len(self.parts) > 1 else self.parts[part or 0]
         metadata = self.metadata.get(name)
         if metadata is None:
             raise CheckpointError(f"{name} is packed in the files, but config.json has no record of it: make it again")
-        return validated(PackedWeight.from_state(tensors, metadata).to(self.device), name, metadata)
+        return name, metadata
 
     def _take(self, part: int | None, whole: Part) -> None:
         if part is None and len(self.parts) > 1:
