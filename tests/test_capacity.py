@@ -23,12 +23,13 @@ from flash_llm.capacity.models import BUILT_IN, ModelShape, describe, load_model
 from flash_llm.capacity.plan import Plan, Workload, allowed_gpus, make_plan, weights_bytes
 from flash_llm.capacity.report import remarks
 from flash_llm.capacity.roofline import Roofline, rates
-from flash_llm.capacity.sizes import Format, expected_tile_words, formats, packed_nbytes
+from flash_llm.capacity.sizes import Format, expected_tile_words, formats, packed_nbytes, sparse_format
 from flash_llm.checkpoint import compress_folder, read_folder
 from flash_llm.cli import app
 from flash_llm.errors import CheckpointError
 from flash_llm.prune.magnitude import Magnitude
-from flash_llm.tensor import PackedWeight
+from flash_llm.tensor import PackedWeight, ValueKind
+from flash_llm.tensor.dummy import random_packed
 from sparse_matrices import sparse
 from tiny_models import CONFIGS
 
@@ -145,6 +146,24 @@ def test_bytes_of_quantised_layers() -> None:
     assert Format("fp8").nbytes(256, 512) == 256 * 512
     assert Format("int4").nbytes(256, 512) == 256 * 512 // 2 + 2 * 256 * 4
     assert Format("int4").nbytes(256, 500) == 256 * 500 // 2 + 2 * 256 * 4
+
+
+@pytest.mark.parametrize("values", ["float8_e4m3", "int8"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.6, 0.8])
+@pytest.mark.parametrize("shape", [(576, 576), (1536, 4096), (300, 70)])
+def test_bytes_of_8_bit_weights_are_those_of_random_ones(values: str, sparsity: float, shape: tuple[int, int]) -> None:
+    weight = random_packed(*shape, sparsity, torch.float16, "cpu", torch.Generator().manual_seed(0), values=values)
+    assert packed_nbytes(*shape, sparsity, ValueKind(values)) == pytest.approx(weight.nbytes, rel=0.02)
+
+
+def test_sparse_formats_are_named_by_share_and_values() -> None:
+    assert sparse_format("0.6+8bit").name == "sparse 60% + 8 bit"
+    assert sparse_format(" 0.6 ").name == "sparse 60%"
+    assert sparse_format("0.6+int8").nbytes(4096, 4096) < 0.6 * sparse_format("0.6").nbytes(4096, 4096)
+    assert len(formats([0.5, "0.5", "0.5+fp8"])) == 5
+    for text in ("0.6+int4", "0.6+", "1.0+fp8", "fp8", "+fp8"):
+        with pytest.raises(ValueError, match=r"sparsity '.*\+fp8 or \+int8 or \+8bit behind it"):
+            sparse_format(text)
 
 
 # Models.

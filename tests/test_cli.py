@@ -335,3 +335,20 @@ def test_prune_takes_a_budget_or_a_sparsity(home: Path, tmp_path: Path) -> None:
     both = ["--method", "magnitude", "--sparsity", 0.5, "--budget", budget, "--out", tmp_path / "out"]
     result = run("prune", home / "dense", *both)
     assert (result.exit_code, "give one of them" in result.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(("values", "stored"), [("fp8", "float8_e4m3"), ("int8", "int8")])
+def test_compress_rounds_to_8_bits_when_asked(home: Path, tmp_path: Path, values: str, stored: str) -> None:
+    done = run("compress", home / "pruned", "--values", values, "--min-sparsity", 0, "--out", tmp_path / "small")
+    assert done.exit_code == 0
+    assert f"in float16 from {stored} values" in done.stderr
+    packed = [layer for layer in inspect(tmp_path / "small")["layers"] if layer["packed"]]
+    assert {layer["values"] for layer in packed} == {stored}
+    assert stored in run("inspect", tmp_path / "small").stdout
+    assert run("verify", tmp_path / "small").exit_code == 0
+    words = run("evaluate", tmp_path / "small", "--text", home / "text.txt", "--window", 64, "--json").stdout
+    rounded, exact = (
+        json.loads(words),
+        run("evaluate", home / "small", "--text", home / "text.txt", "--window", 64, "--json"),
+    )
+    assert rounded["perplexity"] == pytest.approx(json.loads(exact.stdout)["perplexity"], rel=0.02)

@@ -40,6 +40,7 @@ from flash_llm.cli_options import (
     Skip,
     Tasks,
     Text,
+    Values,
     Window,
     task_names,
 )
@@ -285,6 +286,13 @@ def compress(
         PackedDtype | None,
         typer.Option(help="Type of the packed weights. Default: the model's own, bfloat16 for float32."),
     ] = None,
+    values: Annotated[
+        Values | None,
+        typer.Option(
+            help="How nonzeros are stored: as they are, or rounded to 8 bits with a scale for each row. Default: what "
+            "the model was pruned for, else 16-bit."
+        ),
+    ] = None,
     skip: Skip = None,
     min_sparsity: Annotated[
         float | None,
@@ -300,8 +308,10 @@ def compress(
     Examples:
       flash-llm compress PRUNED --out SMALL
       flash-llm compress PRUNED --skip 'layers\\.0\\.' --out SMALL
+      flash-llm compress PRUNED --values int8 --out SMALLER
     """
-    _compress(model, out, device=usable_device(device), dtype=dtype, skip=skip, min_sparsity=min_sparsity)
+    device = usable_device(device)
+    _compress(model, out, device=device, dtype=dtype, values=values, skip=skip, min_sparsity=min_sparsity)
     print(out)
 
 
@@ -489,6 +499,7 @@ def _compress(
     *,
     device: str,
     dtype: PackedDtype | None = None,
+    values: Values | None = None,
     skip: list[str] | None = None,
     min_sparsity: float | None = None,
 ) -> None:
@@ -500,11 +511,13 @@ def _compress(
         out,
         skip=(*DEFAULT_SKIP, *(skip or [])),
         dtype=dtype and dtype.value,
+        values=values and values.value,
         device=device,
         min_sparsity=min_sparsity,
     )
+    stored = report.dtype if report.values == Values.bits16.value else f"{report.dtype} from {report.values} values"
     _say(
-        f"packed {len(report.packed)} layers in {report.dtype}, {len(report.skipped)} stay dense: "
+        f"packed {len(report.packed)} layers in {stored}, {len(report.skipped)} stay dense: "
         f"{_size(report.source_nbytes)} became {_size(report.nbytes)} ({report.nbytes / report.source_nbytes:.1%})"
     )
 
@@ -519,7 +532,7 @@ def _print_folder(info: FolderInfo) -> None:
         table.add_row(
             layer.name,
             "x".join(map(str, layer.shape)),
-            layer.dtype,
+            layer.dtype if layer.values == Values.bits16.value else layer.values,
             _percent(layer.sparsity),
             _size(layer.nbytes),
             _size(layer.dense_nbytes),

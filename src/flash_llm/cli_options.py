@@ -18,6 +18,14 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class Values(str, Enum):
+    """How a packed weight's nonzeros are stored."""
+
+    bits16 = "16-bit"
+    fp8 = "fp8"
+    int8 = "int8"
+
+
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to make; it must not exist, or be empty.")]
 Device = Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto": a GPU if there is one.')]
 RunDtype = Annotated[

@@ -20,7 +20,9 @@ def plan(
         str | None,
         typer.Option(help="Such as h100-sxm, a100-80gb, l40s, rtx-4090. Default: the one that was measured here."),
     ] = None,
-    sparsity: Annotated[str, typer.Option(help="Shares of zeros.")] = "0.5,0.6,0.7,0.8",
+    sparsity: Annotated[
+        str, typer.Option(help="Shares of zeros; with +8bit, nonzeros of 8 bits.")
+    ] = "0.5,0.6,0.7,0.8,0.5+8bit,0.6+8bit,0.7+8bit",
     input_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
     output_len: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
     batch: Annotated[str, typer.Option(help="Sequences at a time to tell speeds for.")] = "1,8,16,32,64,128,256",
@@ -38,7 +40,7 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="PNG file to write: tokens per GPU-second over batch.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predict on how many GPUs a model fits, and how fast: dense, FP8, INT4 and sparse side by side.
+    """Predict on how many GPUs a model fits, and how fast: dense, FP8, INT4, sparse, and sparse in 8 bits side by side.
 
     A roofline from the model's config alone; docs/hardware.md holds it against measurements.
 
@@ -46,9 +48,10 @@ def plan(
     Examples:
       flash-llm plan opt-66b --gpu h100-sxm
       flash-llm plan MODEL --gpu a100-80gb --sparsity 0.6 --input-len 2048 --output-len 512
+      flash-llm plan opt-30b --gpu h100-sxm --sparsity 0.6,0.6+8bit
       flash-llm plan llama-3-70b --gpu h100-sxm --json --plot llama.png
     """
-    from flash_llm.bench.shapes import parse_ns, parse_sparsities
+    from flash_llm.bench.shapes import parse_ns
     from flash_llm.capacity import report
     from flash_llm.capacity.models import load_model
     from flash_llm.capacity.plan import Workload, make_plan
@@ -59,7 +62,7 @@ def plan(
     if plot is not None:
         require_plot()
     workload = Workload(input_len, output_len, tuple(parse_ns(batch)), gpus, max_gpus, memory_share)
-    forms = formats(parse_sparsities(sparsity))
+    forms = formats(sparsity.split(","))
     on = _rates(gpu, machine)
     made = make_plan(load_model(model), on, forms, workload)
     if plot is not None:

@@ -56,6 +56,9 @@ def test_a_config_says_what_the_weights_are() -> None:
     assert "quantization_config" not in dense
     assert int4["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] == 4
     assert sparse["quantization_config"] == {"quant_method": "flash_llm", "dummy_sparsity": 0.8}
+    of_8_bits = model_config(settings(), "0.5+fp8")["quantization_config"]
+    assert of_8_bits == {"quant_method": "flash_llm", "dummy_sparsity": 0.5, "dummy_values": "float8_e4m3"}
+    assert (e2e.sparsity("0.5+int8"), e2e.sparsity("fp8"), e2e.sparsity("0.5+int4")) == (0.5, None, None)
 
 
 def test_the_engine_is_the_same_for_all_weights_but_for_the_weights() -> None:

@@ -54,6 +54,16 @@ def settings(shapes: str = "48x64", **changes: object) -> Settings:
     return Settings([(rows, columns)], [0.5, 0.8], [4], **changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("values", ["float8_e4m3", "int8"])
+def test_8_bit_values_are_held_against_the_rounded_weight(values: str) -> None:
+    row = measure(settings(values=values), CountingMeter())["results"][0]
+    assert row["values"] == values
+    assert row["relative_error"] < 2e-3  # of rounding to float16 alone
+    assert row["bytes_an_element"] < 1
+    with pytest.raises(ValueError, match="values='int3'"):
+        settings(values="int3")
+
+
 def test_a_row_holds_what_was_measured() -> None:
     report = measure(settings(), CountingMeter(), command="flash-llm bench kernels")
     row = report["results"][0]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from flash_llm.cli_options import Values
 from flash_llm.files import make_free
 from flash_llm.plotting import can_plot, require_plot
 from flash_llm.progress import progress_bar
@@ -51,6 +52,7 @@ def kernels(
     sparsity: Annotated[str, typer.Option(help="Shares of zeros.")] = "0.5,0.6,0.7,0.8,0.9",
     n: Annotated[str, typer.Option("--n", help="Rows of x: tokens multiplied at once.")] = "1,8,16,32,64",
     dtype: Annotated[Dtype, typer.Option(help="Of weights and x.")] = Dtype.float16,
+    values: Annotated[Values, typer.Option(help="How the packed weights' nonzeros are stored.")] = Values.bits16,
     peers: Annotated[
         bool, typer.Option("--peers", help="Measure torch's own sparse formats too: CSR, and 2:4 with a CSR rest.")
     ] = False,
@@ -74,12 +76,13 @@ def kernels(
     Examples:
       flash-llm bench kernels --out results
       flash-llm bench kernels --shapes llama-3-8b --n 1,16 --peers --out results
+      flash-llm bench kernels --values fp8 --sparsity 0.5,0.6,0.7 --out results-fp8
       flash-llm bench kernels --shapes 4096x4096,14336x4096 --sparsity 0.7 --time-limit 60
     """
     from flash_llm.bench.report import write
     from flash_llm.bench.timing import CudaMeter
 
-    settings = _settings(shapes, sparsity, n, dtype.value, peers, check, time_limit)
+    settings = _settings(shapes, sparsity, n, dtype.value, values.value, peers, check, time_limit)
     _check_plot(plot, out)
     meter = CudaMeter()
     if out is not None:
@@ -132,7 +135,10 @@ def e2e(
     ],
     weights: Annotated[
         str,
-        typer.Option(help="Kinds of weights: dense, fp8, int4, shares of zeros such as 0.8, or model folders."),
+        typer.Option(
+            help="Kinds of weights: dense, fp8, int4, shares of zeros such as 0.8 (with nonzeros of 8 bits: 0.8+fp8 or "
+            "0.8+int8), or model folders."
+        ),
     ] = "dense,0.5,0.6,0.7,0.8",
     batch: Annotated[str, typer.Option(help='Requests at a time; "max": as many as fit.')] = "8,16,64",
     input_len: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "64",
@@ -158,6 +164,7 @@ def e2e(
     \b
     Examples:
       flash-llm bench e2e --model opt-30b --weights dense,fp8,int4,0.7,0.8 --out results
+      flash-llm bench e2e --model opt-30b --weights fp8,int4,0.5+fp8,0.6+fp8 --out results
       flash-llm bench e2e --model opt-66b --gpus 2 --weights dense,0.8 --batch 8,16,max --breakdown
       flash-llm bench e2e --model MODEL --weights MODEL,SMALL --batch 1 --input-len 1024 --output-len 64
     """
@@ -233,7 +240,9 @@ def report(
         _print(read)
 
 
-def _settings(shapes: str, sparsity: str, n: str, dtype: str, peers: bool, check: bool, time_limit: float) -> Settings:
+def _settings(
+    shapes: str, sparsity: str, n: str, dtype: str, values: str, peers: bool, check: bool, time_limit: float
+) -> Settings:
     import torch
 
     from flash_llm.bench.kernels import Settings
@@ -244,6 +253,7 @@ def _settings(shapes: str, sparsity: str, n: str, dtype: str, peers: bool, check
         parse_sparsities(sparsity),
         parse_ns(n),
         dtype=getattr(torch, dtype),
+        values=values,
         peers=peers,
         check=check,
         time_limit=time_limit,

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from flash_llm.capacity.models import BUILT_IN
+from flash_llm.capacity.sizes import sparse_format
 from flash_llm.checkpoint import QUANT_METHOD
 from flash_llm.folder import CONFIG, read_config
-from flash_llm.integrations.vllm import DUMMY_SPARSITY
+from flash_llm.integrations.vllm import DUMMY_SPARSITY, DUMMY_VALUES
+from flash_llm.tensor import ValueKind
 
 Row = dict[str, Any]
 
@@ -69,8 +71,9 @@ class Settings:
 
     Attributes:
         model: a name of ``capacity.models.BUILT_IN``, or a folder whose config.json describes the model.
-        weights: kinds, each "dense", "fp8", "int4", a share of zeros such as "0.8", or a folder. All but folders are
-            random weights of the model's shapes; a folder is loaded as it is.
+        weights: kinds, each "dense", "fp8", "int4", a share of zeros such as "0.8" (or "0.8+fp8", "0.8+int8" for
+            nonzeros of 8 bits), or a folder. All but folders are random weights of the model's shapes; a folder is
+            loaded as it is.
         batches: requests at a time; "max" is the most whose tokens fit into the KV cache, up to ``max_batch``.
         input_lens, output_len: tokens of a request.
         gpus: tensor-parallel size.
@@ -124,17 +127,17 @@ def _check_kind(kind: str) -> None:
     if kind == "dense" or kind in QUANTIZED or sparsity(kind) is not None or (Path(kind) / CONFIG).is_file():
         return
     raise ValueError(
-        f"weights {kind!r}: it takes dense, {', '.join(QUANTIZED)}, a share of zeros such as 0.8, or a model folder"
+        f"weights {kind!r}: it takes dense, {', '.join(QUANTIZED)}, a share of zeros such as 0.8 (with nonzeros of 8 "
+        f"bits: 0.8+fp8 or 0.8+int8), or a model folder"
     )
 
 
 def sparsity(kind: str) -> float | None:
     """The share of zeros that a kind of weights names, if it names one."""
     try:
-        value = float(kind)
+        return sparse_format(kind).sparsity
     except ValueError:
         return None
-    return value if 0 <= value < 1 else None
 
 
 def model_config(settings: Settings, kind: str) -> dict[str, Any]:
@@ -148,7 +151,9 @@ def model_config(settings: Settings, kind: str) -> dict[str, Any]:
     config["dtype"] = settings.dtype
     share = sparsity(kind)
     if share is not None:
-        config["quantization_config"] = {"quant_method": QUANT_METHOD, DUMMY_SPARSITY: share}
+        values = sparse_format(kind).values
+        of_8_bits = {} if values is ValueKind.BITS16 else {DUMMY_VALUES: values.value}
+        config["quantization_config"] = {"quant_method": QUANT_METHOD, DUMMY_SPARSITY: share, **of_8_bits}
     elif kind == "int4":
         config["quantization_config"] = _INT4
     return config

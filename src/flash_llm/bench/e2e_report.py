@@ -35,8 +35,9 @@ KINDS = ("linear", "attention", "communication", "other")
 
 def label(kind: str) -> str:
     """A kind of weights in words."""
+    share, plus, values = kind.partition("+")
     try:
-        return f"{float(kind):.0%} zeros"
+        return f"{float(share):.0%} zeros{plus and ', '}{values}"
     except ValueError:
         return kind.rstrip("/").rsplit("/", 1)[-1]
 

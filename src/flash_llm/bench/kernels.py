@@ -25,7 +25,7 @@ from flash_llm.bench.shapes import Shape
 from flash_llm.bench.timing import Meter
 from flash_llm.environment import environment as machine
 from flash_llm.errors import KernelError
-from flash_llm.tensor import PackedWeight
+from flash_llm.tensor import PackedWeight, ValueKind
 from flash_llm.tensor.layout import VALUE_DTYPES
 
 MAX_ERROR = 1e-2
@@ -43,18 +43,20 @@ class Settings:
         sparsities: shares of zeros, at random places.
         ns: numbers of rows of x.
         dtype: of weights and x, one of ``layout.VALUE_DTYPES``.
+        values: how packed nonzeros are stored: "16-bit", "float8_e4m3" or "int8".
         peers: measure what torch offers for sparse weights too.
         check: compare every result with float32's.
         time_limit: seconds after which no further weight is begun.
 
     Raises:
-        ValueError: a dtype that weights can't be packed in, or a time limit that isn't positive.
+        ValueError: a dtype that weights can't be packed in, unknown values, or a time limit that isn't positive.
     """
 
     shapes: list[Shape]
     sparsities: list[float]
     ns: list[int]
     dtype: torch.dtype = torch.float16
+    values: str = ValueKind.BITS16.value
     peers: bool = False
     check: bool = True
     time_limit: float = math.inf
@@ -62,6 +64,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.dtype not in VALUE_DTYPES:
             raise ValueError(f"dtype {self.dtype}: packed weights are {' or '.join(map(str, VALUE_DTYPES))}")
+        ValueKind(self.values)
         if not self.time_limit > 0:
             raise ValueError(f"time limit {self.time_limit}: it takes seconds, more than 0")
 
@@ -174,11 +177,15 @@ def _sparsity(
     weight = _random(shape, run, generator)
     weight.masked_fill_(torch.rand(shape, generator=generator, device=weight.device) < sparsity, 0)
     expected = _expected(weight, xs) if run.settings.check else {}
-    packed = PackedWeight.from_dense(weight)
+    packed = PackedWeight.from_dense(weight, values=run.settings.values)
+    rounded = expected
+    if packed.scales is not None and run.settings.check:
+        rounded = _expected(packed.to_dense(torch.float32), xs)
     weights = [packed] + [_clone(packed) for _ in range(timing.copies(packed.nbytes) - 1)]
     rows: list[Row] = [
         {"rows": shape[0], "columns": shape[1], "sparsity": sparsity, "n": n, "dtype": _name(weight.dtype)}
-        | _sparse(run, weights, x, dense[n], expected.get(n))
+        | {"values": packed.kind.value}
+        | _sparse(run, weights, x, dense[n], rounded.get(n))
         for n, x in xs.items()
     ]
     del packed, weights
@@ -215,8 +222,8 @@ def _sparse(run: _Run, weights: list[PackedWeight], x: Tensor, dense: Row, expec
 
 
 def _clone(weight: PackedWeight) -> PackedWeight:
-    bitmap, values, offsets = (tensor.clone() for tensor in weight.tensors().values())
-    return replace(weight, bitmap=bitmap, values=values, offsets=offsets)
+    copies: dict[str, Any] = {name: tensor.clone() for name, tensor in weight.tensors().items()}
+    return replace(weight, **copies)
 
 
 def _peer(

@@ -72,6 +72,8 @@ def remarks(plan: Plan) -> list[str]:
     lines = [f"{row.format}: {row.why}" for row in plan.rows if row.why]
     if plan.stay_dense:
         lines.append(f"{plan.stay_dense} linear layers are of a class of their own: they stay dense in every format.")
+    if any("8 bit" in row.format for row in plan.rows):
+        lines.append("8-bit values: the kernel is taken to decode as many a second as of 16 bits. Not measured.")
     lines.append("Speeds are predictions, tokens per GPU-second with the milliseconds of a decode step in brackets.")
     if not plan.rates.measured:
         lines.append("`flash-llm bench machine` measures a GPU, and this plan then uses that.")

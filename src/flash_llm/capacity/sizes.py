@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +14,17 @@ from flash_llm.tensor.layout import (
     LANE_CAPACITY,
     LANES,
     MAX_PADDING,
-    PACKET_VALUES,
+    PACKET_BYTES,
     STRIP_ROWS,
     TILE_WORDS,
     WORD_BITS,
+    ValueKind,
     grid,
 )
 from flash_llm.tensor.pack import busiest_work, lane_counts, tile_counts
 
 INT4_GROUP = 128
+_VALUES = {"fp8": ValueKind.E4M3, "int8": ValueKind.INT8, "8bit": ValueKind.E4M3}
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,19 @@ class Format:
     Attributes:
         kind: "dense" (16 bits), "fp8", "int4" (a 16-bit scale for each 128 weights of a row) or "sparse".
         sparsity: share of zeros, for "sparse".
+        values: how nonzeros are stored, for "sparse".
     """
 
     kind: str
     sparsity: float = 0.0
+    values: ValueKind = ValueKind.BITS16
 
     @property
     def name(self) -> str:
         """What tables call it."""
         names = {"dense": "dense 16-bit", "fp8": "FP8", "int4": f"INT4, group {INT4_GROUP}"}
-        return names.get(self.kind, f"sparse {round(100 * self.sparsity, 4):g}%")
+        of_8_bits = "" if self.values is ValueKind.BITS16 else " + 8 bit"
+        return names.get(self.kind, f"sparse {round(100 * self.sparsity, 4):g}%{of_8_bits}")
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Bytes of a [rows, columns] weight."""
@@ -50,16 +56,34 @@ class Format:
             return rows * columns
         if self.kind == "int4":
             return rows * columns // 2 + 2 * rows * math.ceil(columns / INT4_GROUP)
-        return compressed_nbytes(rows, columns, self.sparsity)
+        return compressed_nbytes(rows, columns, self.sparsity, self.values)
 
 
-def formats(sparsities: list[float]) -> list[Format]:
-    """What a plan compares: dense, FP8, INT4, and sparse at each share of zeros.
+def formats(sparse: Sequence[float | str]) -> list[Format]:
+    """What a plan compares: dense, FP8, INT4, and sparse ones, each as :func:`sparse_format` takes it.
 
     Raises:
-        ValueError: a share of zeros that is not from 0 up to, not including, 1.
+        ValueError: as there.
     """
-    return [Format("dense"), Format("fp8"), Format("int4"), *(Format("sparse", check(s)) for s in sparsities)]
+    return [Format("dense"), Format("fp8"), Format("int4"), *dict.fromkeys(sparse_format(str(text)) for text in sparse)]
+
+
+def sparse_format(text: str) -> Format:
+    """A sparse format from "0.6", or "0.6+fp8", "0.6+int8" or "0.6+8bit" with nonzeros of 8 bits.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    share, plus, values = text.strip().partition("+")
+    try:
+        sparsity = check(float(share))
+        kind = _VALUES[values] if plus else ValueKind.BITS16
+    except (ValueError, KeyError):
+        raise ValueError(
+            f"sparsity {text!r}: it takes a number from 0 up to, not including, 1; for nonzeros of 8 bits with "
+            f"{' or '.join('+' + word for word in _VALUES)} behind it, as in 0.6+fp8"
+        ) from None
+    return Format("sparse", sparsity, kind)
 
 
 def check(sparsity: float) -> float:
@@ -73,15 +97,15 @@ def check(sparsity: float) -> float:
     return sparsity
 
 
-def compressed_nbytes(rows: int, columns: int, sparsity: float) -> int:
+def compressed_nbytes(rows: int, columns: int, sparsity: float, values: ValueKind = ValueKind.BITS16) -> int:
     """Bytes of a layer in a compressed checkpoint, where those that would hardly shrink stay dense."""
     dense = 2 * rows * columns
-    packed = packed_nbytes(rows, columns, sparsity)
+    packed = packed_nbytes(rows, columns, sparsity, values)
     return packed if packed <= WORTH * dense else dense
 
 
 @functools.lru_cache(maxsize=4096)
-def packed_nbytes(rows: int, columns: int, sparsity: float) -> int:
+def packed_nbytes(rows: int, columns: int, sparsity: float, values: ValueKind = ValueKind.BITS16) -> int:
     """Expected bytes of a packed [rows, columns] matrix whose zeros are anywhere with the same probability.
 
     Real pruned weights differ little: padding fills each lane's nonzeros of a tile to whole packets, and of a lane with
@@ -92,18 +116,19 @@ def packed_nbytes(rows: int, columns: int, sparsity: float) -> int:
     """
     if rows < 1 or columns < 1:
         raise ValueError(f"a matrix of {rows} x {columns}: it needs at least one row and one column")
-    tile_words = expected_tile_words(rows, columns, check(sparsity))
+    tile_words = expected_tile_words(rows, columns, check(sparsity), values)
     strips, words, tiles = grid(rows, columns, tile_words)
-    packets = _packets(rows, columns, 1 - sparsity, tile_words)
-    return round(2 * PACKET_VALUES * packets) + 4 * strips * words * LANES + 4 * (strips * tiles + 1)
+    packets = _packets(rows, columns, 1 - sparsity, tile_words, values.packet_values)
+    scales = 0 if values is ValueKind.BITS16 else 4 * rows
+    return round(PACKET_BYTES * packets) + 4 * strips * words * LANES + 4 * (strips * tiles + 1) + scales
 
 
-def expected_tile_words(rows: int, columns: int, sparsity: float) -> int:
+def expected_tile_words(rows: int, columns: int, sparsity: float, values: ValueKind = ValueKind.BITS16) -> int:
     """What ``tensor.pack.choose_tile_words`` is expected to choose: the same rule, with expected counts."""
     density = 1 - sparsity
     strips, words, _ = grid(rows, columns, 1)
     nonzeros = rows * columns * density
-    wanted = MAX_PADDING * (2 * nonzeros + strips * words * LANES * 4)
+    wanted = MAX_PADDING * (values.nbytes * nonzeros + strips * words * LANES * 4)
     best: tuple[bool, float, int] | None = None
     for tile_words in sorted(TILE_WORDS, reverse=True):
         if tile_words > 2 * words:
@@ -112,22 +137,25 @@ def expected_tile_words(rows: int, columns: int, sparsity: float) -> int:
         fullest = min(tile_words, words) * WORD_BITS
         if strips * tiles * LANES * _overflow(fullest, density) > 0.5:  # one lane too full is likelier than none
             continue
-        packets = _packets(rows, columns, density, tile_words)
-        padded = 2 * (PACKET_VALUES * packets - nonzeros) > wanted
+        packets = _packets(rows, columns, density, tile_words, values.packet_values)
+        padded = values.nbytes * (values.packet_values * packets - nonzeros) > wanted
         if padded and best is not None:
             break
-        work = busiest_work(strips, tiles, tile_words, int(packets))
+        work = busiest_work(strips, tiles, tile_words, int(packets), values)
         if best is None or (padded, work) < best[:2]:
             best = (padded, work, tile_words)
     return best[2] if best else min(TILE_WORDS)
 
 
-def _packets(rows: int, columns: int, density: float, tile_words: int) -> float:
+def _packets(rows: int, columns: int, density: float, tile_words: int, per_packet: int) -> float:
     """Expected packets of a matrix."""
     full, rest = divmod(rows, STRIP_ROWS)
     strips = [(STRIP_ROWS, full)] * (full > 0) + [(rest, 1)] * (rest > 0)
     return sum(
-        number * sum(lanes * _lane_packets(places, density) for places, lanes in _places(height, columns, tile_words))
+        number
+        * sum(
+            lanes * _lane_packets(places, density, per_packet) for places, lanes in _places(height, columns, tile_words)
+        )
         for height, number in strips
     )
 
@@ -141,9 +169,9 @@ def _places(height: int, columns: int, tile_words: int) -> tuple[tuple[int, int]
 
 
 @functools.lru_cache(maxsize=4096)
-def _lane_packets(places: int, density: float) -> float:
-    """Expected packets of a lane: the sum over j of P(more than 8 j nonzeros)."""
-    return float(sum(_tail(places, density, PACKET_VALUES * j) for j in range(math.ceil(places / PACKET_VALUES))))
+def _lane_packets(places: int, density: float, per_packet: int) -> float:
+    """Expected packets of a lane: the sum over j of P(more than j packets' nonzeros)."""
+    return float(sum(_tail(places, density, per_packet * j) for j in range(math.ceil(places / per_packet))))
 
 
 def _overflow(places: int, density: float) -> float:
