@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flash_llm import PackedWeight
 from flash_llm.kernels import build, cuda, launch, plan
-from flash_llm.tensor.layout import PACKET_VALUES
+from flash_llm.tensor import ValueKind
 from sparse_matrices import DTYPES, PATTERNS, sparse
 
 SIZES = (1, 2, 15, 16, 17, 63, 64, 65, 576, 1000, 1536, 4096, 11008)
@@ -38,9 +38,11 @@ class Case:
     x_layout: str
     bias: str
     seed: int
+    values: ValueKind = ValueKind.BITS16
 
     def __str__(self) -> str:
         size = f"{self.rows}x{self.columns}x{self.n}-{self.sparsity:g}-{str(self.dtype).removeprefix('torch.')}"
+        size += "" if self.values is ValueKind.BITS16 else f"-{self.values.value}"
         return "-".join([self.kernel, size, self.pattern, self.x_layout, f"bias {self.bias}"]).replace(" ", "_")
 
     def weight(self) -> Tensor:
@@ -51,6 +53,17 @@ class Case:
         weight = self.weight()
         numbers = (weight.float() * 2).round().clamp(-4, 4)
         return torch.where((numbers == 0) & (weight != 0), 1.0, numbers).to(self.dtype)
+
+    def packed(self, whole: bool = False) -> PackedWeight:
+        """Of whole numbers it has scales that leave them whole, different ones for neighbouring rows."""
+        dense, scales = self.whole_weight() if whole else self.weight(), None
+        if whole and self.values is not ValueKind.BITS16:
+            scales = 2.0 ** -torch.arange(self.rows, device="cuda").remainder(3).float()
+        return PackedWeight.from_dense(dense, values=self.values, scales=scales)
+
+    def multiplied(self, weight: PackedWeight) -> Tensor:
+        """What x is multiplied by: 8-bit values and scales unrounded, but where the weight is expanded."""
+        return weight.to_dense(torch.float32 if self.n < plan.UNPACK_FROM else None)
 
     def x(self, whole: bool = False) -> Tensor:
         """[n, columns], with NaN in memory all around it."""
@@ -86,7 +99,9 @@ class Case:
         return torch.randn(rows, columns, generator=generator, device="cuda").to(self.dtype)
 
 
-def random_cases(count: int, kernel: str, seed: int = 0) -> list[Case]:
+def random_cases(
+    count: int, kernel: str, seed: int = 0, values: Sequence[ValueKind] = (ValueKind.BITS16,)
+) -> list[Case]:
     """Cases of all shapes, sparsities, patterns and layouts; every second shape is of sizes known for their edges."""
     rng = random.Random(seed)
     cases = []
@@ -104,6 +119,7 @@ def random_cases(count: int, kernel: str, seed: int = 0) -> list[Case]:
                 rng.choice(X_LAYOUTS) if number % 2 == 0 else "plain",
                 rng.choice(BIASES),
                 number,
+                values[number % len(values)],
             )
         )
     return cases
@@ -123,7 +139,7 @@ def compile_all(cases: Iterable[Case]) -> None:
     wanted = set()
     arch = launch.architecture(0)
     for case in cases:
-        weight = PackedWeight.from_dense(case.weight())
+        weight = case.packed()
         wanted |= {(*kernel, arch) for kernel in kernels_of(weight, case.n, case.kernel)}
     compile_side_by_side(wanted)
 
@@ -132,11 +148,13 @@ def kernels_of(weight: PackedWeight, n: int, kernel: str = "native") -> set[tupl
     """(source, defines) of the kernels that a multiplication takes."""
     bf16 = weight.dtype == torch.bfloat16
     if n >= plan.UNPACK_FROM:
-        return {("unpack.cu", (("BF16", int(bf16)), ("TILE_WORDS", weight.tile_words)))}
-    packets = weight.values.numel() // PACKET_VALUES
+        defines = (("BF16", int(bf16)), ("TILE_WORDS", weight.tile_words), ("VALUES", weight.kind.code))
+        return {("unpack.cu", defines)}
+    packets = weight.values.numel() // weight.kind.packet_values
     plans = (
         plan.spmm_plan(
-            stand_in(kernel), *weight.shape, packets, weight.max_packets, weight.tile_words, part, bf16
+            stand_in(kernel), *weight.shape, packets, weight.max_packets, weight.tile_words, part, bf16,
+            values=weight.kind,
         )
         for part in {min(plan.MAX_N, n - first) for first in range(0, n, plan.MAX_N)}
     )  # fmt: skip

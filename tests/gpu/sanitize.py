@@ -24,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flash_llm
 from flash_llm import PackedWeight, ops
 from flash_llm.kernels import cuda, launch
+from flash_llm.tensor import ValueKind
 from gpu_cases import compile_side_by_side, kernels_of, stand_in
 
 SHAPES = ((1, 1), (16, 64), (17, 65), (100, 1000), (576, 1536), (300, 2051))
 SPARSITIES = (0.0, 0.5, 0.7, 1.0)
 NS = (1, 9, 33, 64, 70)
-CASES = [*product(("native", "sm_80"), SHAPES, SPARSITIES)]
+CASES = [*product(("native", "sm_80"), SHAPES, SPARSITIES, ValueKind)]
 
 
 def matrix(rows: int, columns: int, sparsity: float, kernel: str) -> torch.Tensor:
@@ -42,10 +43,15 @@ def matrix(rows: int, columns: int, sparsity: float, kernel: str) -> torch.Tenso
     return dense
 
 
-def wrong(dense: torch.Tensor) -> int:
+def packed(dense: torch.Tensor, values: ValueKind) -> PackedWeight:
+    """Exactly: 8-bit values hold these whole numbers."""
+    scales = None if values is ValueKind.BITS16 else torch.ones(dense.shape[0], device="cuda")
+    return PackedWeight.from_dense(dense, values=values, scales=scales)
+
+
+def wrong(dense: torch.Tensor, weight: PackedWeight) -> int:
     """The number of wrong results on a matrix."""
     rows, columns = dense.shape
-    weight = PackedWeight.from_dense(dense)
     bad = int(not torch.equal(ops.unpack(weight), dense))
     bias = torch.ones(rows, device="cuda", dtype=dense.dtype)
     for n in NS:
@@ -58,8 +64,8 @@ def wrong(dense: torch.Tensor) -> int:
 def compile_all() -> None:
     arch = launch.architecture(0)
     wanted = set()
-    for kernel, (rows, columns), sparsity in CASES:
-        weight = PackedWeight.from_dense(matrix(rows, columns, sparsity, kernel))
+    for kernel, (rows, columns), sparsity, values in CASES:
+        weight = packed(matrix(rows, columns, sparsity, kernel), values)
         wanted |= {(*found, arch) for n in (*NS, 999) for found in kernels_of(weight, n, kernel)}
     compile_side_by_side(wanted)
 
@@ -68,13 +74,15 @@ def main() -> int:
     if "--compile" in sys.argv:
         compile_all()
     bad = 0
-    for kernel, (rows, columns), sparsity in CASES:
+    for kernel, (rows, columns), sparsity, values in CASES:
         device = stand_in(kernel)
         cuda.device_properties = lambda _, device=device: device  # type: ignore[assignment]
         cuda.spmm_plan_cached.cache_clear()
-        found = wrong(matrix(rows, columns, sparsity, kernel))
+        dense = matrix(rows, columns, sparsity, kernel)
+        found = wrong(dense, packed(dense, values))
         bad += found
-        print(f"{kernel}: {rows} x {columns}, {sparsity:.0%} zeros: {found or 'none'} wrong", flush=True)
+        what = f"{rows} x {columns}, {sparsity:.0%} zeros, {values.value}"
+        print(f"{kernel}: {what}: {found or 'none'} wrong", flush=True)
     torch.cuda.synchronize()
     return int(bad > 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from flash_llm import FormatError, PackedWeight, ops
 from flash_llm.kernels import launch
+from flash_llm.tensor import ValueKind
 from flash_llm.tensor.layout import TILE_WORDS
 from gpu_cases import compile_side_by_side
 from sparse_matrices import DTYPES, PATTERNS, any_bits, bits, matrices, sparse, without_negative_zero
@@ -22,7 +24,8 @@ pytestmark = pytest.mark.gpu
 def kernels() -> None:
     """All unpacking kernels."""
     arch = launch.architecture(0)
-    defines = [(("BF16", bf16), ("TILE_WORDS", tile_words)) for bf16 in (0, 1) for tile_words in TILE_WORDS]
+    choices = product((0, 1), TILE_WORDS, ValueKind)
+    defines = [(("BF16", bf16), ("TILE_WORDS", words), ("VALUES", kind.code)) for bf16, words, kind in choices]
     compile_side_by_side([("unpack.cu", define, arch) for define in defines])
 
 
@@ -80,6 +83,51 @@ def test_the_unpacking_kernel_on_large_matrices(
 ) -> None:
     dense = sparse(rows, columns, sparsity, dtype, pattern=pattern, device="cuda")
     assert torch.equal(bits(ops.unpack(PackedWeight.from_dense(dense))), bits(without_negative_zero(dense)))
+
+
+@pytest.mark.parametrize("values", ["float8_e4m3", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile_words", TILE_WORDS)
+def test_8_bit_values_are_packed_as_on_the_cpu_and_unpacked_to_the_same_bits(
+    tile_words: int, dtype: torch.dtype, values: str
+) -> None:
+    """Every number that 8 bits can be, times scales of any size, for whole and for cut-off tiles."""
+    for columns in (64 * tile_words, 64 * tile_words + 1, 3001):
+        dense = sparse(100, columns, max(0.0, 1 - 1.5 / tile_words), torch.float32, tile_words)
+        scales = torch.rand(100) * 2.0 ** -torch.arange(100).remainder(12)
+        largest = ValueKind(values).largest
+        dense = (dense * scales[:, None] * largest / 3).to(dtype)
+        on_cpu = PackedWeight.from_dense(dense, tile_words=tile_words, values=values, scales=scales)
+        weight = PackedWeight.from_dense(dense.cuda(), tile_words=tile_words, values=values, scales=scales.cuda())
+        assert_same(weight, on_cpu)
+        assert torch.equal(bits(ops.unpack(weight)).cpu(), bits(on_cpu.to_dense()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_float8_values_on_gpus_without_an_instruction_for_them(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = launch.get
+
+    def without(source: str, name: str, defines: tuple[tuple[str, int], ...], arch: str) -> launch.Kernel:
+        return get(source, name, (*defines, ("FLOAT8_CONVERTS", 0)), arch)
+
+    monkeypatch.setattr(launch, "get", without)
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(0.0)
+    dense = numbers.repeat(40, 1).to(dtype).cuda()
+    weight = PackedWeight.from_dense(dense, values="float8_e4m3", scales=torch.ones(40, device="cuda"))
+    assert torch.equal(ops.unpack(weight), dense)
+    assert torch.equal(ops.linear(torch.eye(256, dtype=dtype, device="cuda"), weight), dense.T)
+
+
+@pytest.mark.parametrize("values", ["float8_e4m3", "int8"])
+def test_scales_are_chosen_as_well_as_on_the_cpu(values: str) -> None:
+    """Sums of errors may round differently, so that of two scales that are as good either may be taken."""
+    dense = sparse(300, 2000, 0.6, device="cuda")
+    on_gpu = PackedWeight.from_dense(dense, values=values).validate()
+    on_cpu = PackedWeight.from_dense(dense.cpu(), values=values)
+    errors = [(weight.to_dense(torch.float32).cpu() - dense.cpu().float()).norm() for weight in (on_gpu, on_cpu)]
+    assert float(errors[0]) == pytest.approx(float(errors[1]), rel=1e-4)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 import flash_llm
 from flash_llm import PackedWeight
 from flash_llm.kernels import counters, cuda, launch, plan
+from flash_llm.tensor import ValueKind
 from flash_llm.tensor.layout import TILE_WORDS
 from gpu_cases import BIASES, X_LAYOUTS, Case, compile_all, random_cases, stand_in
 from sparse_matrices import DTYPES, sparse
@@ -20,6 +22,7 @@ from sparse_matrices import DTYPES, sparse
 pytestmark = pytest.mark.gpu
 
 KERNELS = ("native", "sm_80")
+QUANTISED = (ValueKind.E4M3, ValueKind.INT8)
 EDGES = [
     *((rows, columns, 16) for rows in (1, 63, 576, 11008) for columns in (1, 63, 576, 11008)),
     *((576, 1536, n) for n in (1, 8, 9, 64, 65, 256, 257, 300)),
@@ -36,6 +39,8 @@ CASES = [
     ),
     *random_cases(260, "native"),
     *random_cases(90, "sm_80", seed=1),
+    *random_cases(150, "native", seed=2, values=QUANTISED),
+    *random_cases(90, "sm_80", seed=3, values=QUANTISED),
 ]
 
 
@@ -71,8 +76,9 @@ def exact(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
 def test_every_element_is_within_rounding(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """|y - ref| <= u |ref| + 2 K u32 |x| |w|^T: one rounding at the end, and K float32 additions, truncated."""
     use(case.kernel, monkeypatch)
-    dense, x, bias = case.weight(), case.x(), case.bias_vector()
-    y = flash_llm.linear(x, PackedWeight.from_dense(dense), bias)
+    weight, x, bias = case.packed(), case.x(), case.bias_vector()
+    dense = case.multiplied(weight)
+    y = flash_llm.linear(x, weight, bias)
     assert y.shape == (case.n, case.rows)
     assert y.dtype == case.dtype
     expected = exact(x, dense, bias)
@@ -89,22 +95,52 @@ def test_every_element_is_within_rounding(case: Case, monkeypatch: pytest.Monkey
 def test_whole_numbers_are_exact(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of small whole numbers are exact in any order: an element that is lost or taken twice shows at any K."""
     use(case.kernel, monkeypatch)
-    dense, x, bias = case.whole_weight(), case.x(whole=True), case.bias_vector(whole=True)
-    y = flash_llm.linear(x, PackedWeight.from_dense(dense), bias)
+    weight, x, bias = case.packed(whole=True), case.x(whole=True), case.bias_vector(whole=True)
+    dense = case.whole_weight()
+    y = flash_llm.linear(x, weight, bias)
     expected = exact(x, dense, bias).float().to(case.dtype)
     wrong = (y != expected).nonzero()
     assert not len(wrong), f"{len(wrong)} of {y.numel()} are wrong, first {wrong[0].tolist()}"
 
 
+@pytest.mark.parametrize("values", ValueKind, ids=lambda kind: kind.value)
 @pytest.mark.parametrize("n", [8, 16, 32, 64])
 @pytest.mark.parametrize("tile_words", TILE_WORDS)
-def test_every_tile_size(tile_words: int, n: int) -> None:
+def test_every_tile_size(tile_words: int, n: int, values: ValueKind) -> None:
     """Also those that wouldn't be chosen: 47 words are whole tiles of none but 1."""
     dense = torch.randint(-4, 5, (600, 3000), device="cuda").half()
     dense.masked_fill_(torch.rand(600, 3000, device="cuda") < 0.93, 0)
     x = torch.randint(-3, 4, (n, 3000), device="cuda").half()
-    y = flash_llm.linear(x, PackedWeight.from_dense(dense, tile_words=tile_words))
-    assert torch.equal(y, exact(x, dense, None).half())
+    scales = None if values is ValueKind.BITS16 else torch.full((600,), 0.5, device="cuda")
+    weight = PackedWeight.from_dense(dense, tile_words=tile_words, values=values, scales=scales)
+    assert torch.equal(flash_llm.linear(x, weight), exact(x, dense, None).half())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("values", QUANTISED, ids=lambda kind: kind.value)
+def test_every_8_bit_number_is_multiplied_exactly(
+    values: ValueKind, dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, by rows of x that pick out a column each; and scales far from 1."""
+    use(kernel, monkeypatch)
+    numbers = torch.arange(256, dtype=torch.uint8).view(values.dtype).float().nan_to_num(0.0).clamp(-values.largest)
+    scales = 2.0 ** torch.tensor([-20.0, -6.0, 0.0, 3.0]).repeat(8)
+    dense = (numbers.repeat(32, 1) * scales[:, None]).cuda()
+    stored = (numbers.repeat(32, 1)).to(dtype).cuda()  # in bfloat16 and float16 exactly
+    weight = PackedWeight.from_dense(stored, values=values, scales=torch.ones(32, device="cuda"))
+    weight = replace(weight, scales=scales.cuda(), checksum=None)
+    for columns in torch.arange(256).split(64):
+        x = torch.nn.functional.one_hot(columns, 256).to(dtype).cuda()
+        assert torch.equal(flash_llm.linear(x, weight), dense.T[columns].to(dtype))
+
+
+@pytest.mark.parametrize("values", QUANTISED, ids=lambda kind: kind.value)
+def test_8_bit_values_give_the_same_bits_every_time(values: ValueKind) -> None:
+    weight = PackedWeight.from_dense(sparse(3000, 4096, 0.6, device="cuda"), values=values)
+    x = torch.randn(16, 4096, device="cuda").half()
+    first = flash_llm.linear(x, weight)
+    assert all(torch.equal(flash_llm.linear(x, weight), first) for _ in range(20))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -13,7 +13,7 @@ import pytest
 
 import devices
 from flash_llm.kernels import build, plan
-from flash_llm.tensor.layout import LANE_CAPACITY, LANES, PACKET_VALUES, TILE_WORDS, WORD_BITS
+from flash_llm.tensor.layout import LANE_CAPACITY, LANES, TILE_WORDS, WORD_BITS, ValueKind
 
 pytest.importorskip("cuda.core", reason="cuda-core isn't installed: pip install 'flash-llm[cuda]'")
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings isn't installed: pip install 'flash-llm[cuda]'")
@@ -23,21 +23,29 @@ Configuration = tuple[str, tuple[tuple[str, int], ...], str]
 NAMES = {"sm_80": "A100", "sm_86": "A10", "sm_89": "L40S", "sm_90a": "H100", "sm_100a": "B200", "sm_120a": "RTX 5090"}
 DEVICES = {arch: devices.DEVICES[name] for arch, name in NAMES.items()}
 LARGE, SMALL = 14336, 4096
+KINDS = [*product((False, True), (ValueKind.E4M3, ValueKind.INT8))]  # bf16 or not, and how values of 8 bits are stored
 
 
-def unpack(arch: str, tile_words: int, bf16: bool = False) -> Configuration:
-    return "unpack.cu", (("BF16", int(bf16)), ("TILE_WORDS", tile_words)), arch
+def unpack(arch: str, tile_words: int, bf16: bool = False, values: ValueKind = ValueKind.BITS16) -> Configuration:
+    return "unpack.cu", (("BF16", int(bf16)), ("TILE_WORDS", tile_words), ("VALUES", values.code)), arch
 
 
 def spmm(
-    arch: str, tile_words: int, n: int, bf16: bool = False, rows: int = LARGE, columns: int = LARGE
+    arch: str,
+    tile_words: int,
+    n: int,
+    bf16: bool = False,
+    rows: int = LARGE,
+    columns: int = LARGE,
+    values: ValueKind = ValueKind.BITS16,
 ) -> Configuration:
     """As it is planned for the sparsity at which that tile size is chosen: with full tiles of fullest lanes."""
     words, strips = -(-columns // 64), -(-rows // 16)
     nonzeros = min(WORD_BITS * tile_words, LANE_CAPACITY - 20)  # a lane's mean; the fullest lanes have some 20 more
-    most = min(-(-(nonzeros + 20) // PACKET_VALUES), LANE_CAPACITY // PACKET_VALUES, 4 * tile_words)
-    packets = int(strips * -(-words // tile_words) * LANES * (nonzeros / PACKET_VALUES + 0.5))
-    chosen = plan.spmm_plan(DEVICES[arch], rows, columns, packets, most, tile_words, n, bf16)
+    per_packet = values.packet_values
+    most = min(-(-(nonzeros + 20) // per_packet), LANE_CAPACITY // per_packet, WORD_BITS * tile_words // per_packet)
+    packets = int(strips * -(-words // tile_words) * LANES * (nonzeros / per_packet + 0.5))
+    chosen = plan.spmm_plan(DEVICES[arch], rows, columns, packets, most, tile_words, n, bf16, values=values)
     return chosen.source, chosen.defines, arch
 
 
@@ -50,6 +58,16 @@ QUICK = [
     *(spmm(arch, 5, 16, columns=14400) for arch in DEVICES if arch != "sm_80"),  # 225 words: whole tiles of 5
     *(unpack(arch, 5) for arch in DEVICES),
     *(unpack("sm_90a", tile_words, bf16=True) for tile_words in (1, 16)),
+    *(
+        spmm("sm_90a", tile_words, n, bf16, values=values)
+        for tile_words, n, (bf16, values) in zip((1, 4, 5, 6, 8, 16), (16, 8, 64, 32, 8, 64), 2 * KINDS, strict=False)
+    ),
+    *(
+        spmm(arch, 5, 16, bf16, values=values)
+        for arch in DEVICES
+        for bf16, values in KINDS[:: 2 if arch > "sm_9" else 1]
+    ),
+    *(unpack(arch, 4, bf16, values) for arch in ("sm_80", "sm_90a") for bf16, values in KINDS),
 ]
 
 
@@ -65,7 +83,14 @@ def spills(configuration: Configuration) -> bool:
 
 def name(configuration: Configuration) -> str:
     source, defines, arch = configuration
-    shown = {"TILE_WORDS": "tile", "N_BLOCKS": "blocks", "BF16": "bf16", "RAGGED": "ragged", "WARPS": "warps"}
+    shown = {
+        "TILE_WORDS": "tile",
+        "N_BLOCKS": "blocks",
+        "BF16": "bf16",
+        "VALUES": "values",
+        "RAGGED": "ragged",
+        "WARPS": "warps",
+    }
     return "-".join([source.removesuffix(".cu"), arch, *(f"{shown[k]}{v}" for k, v in defines if k in shown)])
 
 
@@ -110,10 +135,10 @@ def test_it_should_not_spill(configuration: Configuration, log_of: Callable[[Con
 @pytest.mark.skipif("FLASH_LLM_ALL_KERNELS" not in os.environ, reason="many minutes: set FLASH_LLM_ALL_KERNELS=1")
 @pytest.mark.parametrize("arch", DEVICES)
 def test_every_kernel_compiles_and_nothing_spills(arch: str) -> None:
-    every = [unpack(arch, tile_words, bf16) for tile_words, bf16 in product(TILE_WORDS, (False, True))]
+    every = [unpack(arch, *rest) for rest in product(TILE_WORDS, (False, True), ValueKind)]
     every += [
-        spmm(arch, *rest, size, size)
-        for rest in product(TILE_WORDS, (8, 16, 32, 64), (False, True))
+        spmm(arch, tile_words, n, bf16, size, size, values)
+        for tile_words, n, bf16, values in product(TILE_WORDS, (8, 16, 32, 64), (False, True), ValueKind)
         for size in (LARGE, SMALL)
     ]
     with ProcessPoolExecutor(os.cpu_count() or 2, mp_context=get_context("spawn")) as processes:

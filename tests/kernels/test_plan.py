@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from devices import DEVICES
 from flash_llm.kernels import plan
+from flash_llm.tensor import ValueKind
 from flash_llm.tensor.layout import LANE_CAPACITY, LANES, PACKET_VALUES, TILE_WORDS, grid
 
 MOST = LANE_CAPACITY // PACKET_VALUES
@@ -61,6 +62,19 @@ def test_a_plan_fits_the_device_and_covers_the_matrix(
     assert chosen.column_bytes == (PACKET_VALUES * max(max_packets, 1) + 1) * 4 * LANES
     assert chosen.partial_floats == 2 * chosen.blocks * n_blocks * 4 * warps * LANES
     assert (chosen.source == "spmm_sm90.cu") == (device.capability == (9, 0))
+
+
+@pytest.mark.parametrize("values", [ValueKind.E4M3, ValueKind.INT8])
+def test_8_bit_values_take_half_the_packets_and_the_same_columns(values: ValueKind) -> None:
+    """A packet has twice the values: as many registers hold twice as much ahead, and a column has as many words."""
+    strips, _, tiles = grid(14336, 14336, 5)
+    lanes = strips * tiles * LANES
+    of_16 = plan.spmm_plan(DEVICES["H100"], 14336, 14336, int(8.5 * lanes), 12, 5, 8, False)
+    of_8 = plan.spmm_plan(DEVICES["H100"], 14336, 14336, int(4.5 * lanes), 6, 5, 8, False, values=values)
+    assert of_8.column_bytes == of_16.column_bytes
+    assert dict(of_8.defines)["VALUES"] == values.code
+    assert dict(of_8.defines)["LIKELY_FULL"] == 3
+    assert dict(of_8.defines)["PACKETS_AHEAD"] == 6
 
 
 @settings(deadline=None, max_examples=100)

@@ -8,17 +8,16 @@ import functools
 import torch
 from torch import Tensor
 
-from flash_llm.errors import KernelError
 from flash_llm.kernels import counters, launch, plan
 from flash_llm.tensor import PackedWeight
-from flash_llm.tensor.layout import LANES, PACKET_VALUES, WORD_COLUMNS, grid
+from flash_llm.tensor.layout import LANES, WORD_COLUMNS, ValueKind, grid
 
 _UNPACK_WARPS = 8
 
 
 class _UnpackParams(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("bitmap", "packets", "offsets", "dense")),
+        *((name, ctypes.c_void_p) for name in ("bitmap", "packets", "offsets", "scales", "dense")),
         *((name, ctypes.c_int) for name in ("rows", "columns", "words", "tiles", "total_tiles", "column_bytes")),
     )
 
@@ -27,7 +26,7 @@ class _SpmmParams(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("bitmap", "packets", "offsets", "x", "bias", "y", "partial", "arrivals")
+            for name in ("bitmap", "packets", "offsets", "x", "bias", "scales", "y", "partial", "arrivals")
         ),
         ("x_stride", ctypes.c_longlong),
         *(
@@ -51,7 +50,6 @@ def device_properties(device: int) -> plan.Device:
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x [..., K] times the transposed weight, plus bias: [..., M]."""
-    _refuse_8_bits(weight)
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
     if flat.shape[0] >= plan.UNPACK_FROM:
@@ -66,16 +64,15 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 
 def unpack(weight: PackedWeight) -> Tensor:
     """The dense [M, K] matrix."""
-    _refuse_8_bits(weight)
     rows, columns = weight.shape
     device = weight.device.index
     dense = torch.empty(rows, columns, dtype=weight.dtype, device=weight.device)
     strips, words, tiles = grid(rows, columns, weight.tile_words)
     column_bytes = _column_bytes(weight)
     params = _UnpackParams(
-        *_pointers(weight), dense.data_ptr(), rows, columns, words, tiles, strips * tiles, column_bytes
+        *_pointers(weight), _scales(weight), dense.data_ptr(), rows, columns, words, tiles, strips * tiles, column_bytes
     )
-    defines = (("BF16", _is_bf16(weight)), ("TILE_WORDS", weight.tile_words))
+    defines = (("BF16", _is_bf16(weight)), ("TILE_WORDS", weight.tile_words), ("VALUES", weight.kind.code))
     kernel = launch.get("unpack.cu", "unpack", defines, launch.architecture(device))
     shared = _UNPACK_WARPS * column_bytes
     per_processor = max(1, min(8, device_properties(device).shared_memory // (shared + 1024)))
@@ -84,25 +81,20 @@ def unpack(weight: PackedWeight) -> Tensor:
     return dense
 
 
-def _refuse_8_bits(weight: PackedWeight) -> None:
-    if weight.scales is not None:
-        raise KernelError(f"there is no GPU kernel yet for values of {weight.kind.value}; run it on the CPU")
-
-
 def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> None:
     """y [n, M] = x [n, K] W^T + bias for n up to MAX_N."""
     rows, columns = weight.shape
     device = weight.device.index
     strips, words, tiles = grid(rows, columns, weight.tile_words)
-    packets = weight.values.numel() // PACKET_VALUES
-    chosen = spmm_plan_cached(
-        device, rows, columns, packets, weight.max_packets, weight.tile_words, x.shape[0], bool(_is_bf16(weight))
-    )
+    packets = weight.values.numel() // weight.kind.packet_values
+    sizes = (rows, columns, packets, weight.max_packets, weight.tile_words)
+    chosen = spmm_plan_cached(device, *sizes, x.shape[0], bool(_is_bf16(weight)), weight.kind)
     partial = torch.empty(chosen.partial_floats, dtype=torch.float32, device=x.device)
     params = _SpmmParams(
         *_pointers(weight),
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
+        _scales(weight),
         y.data_ptr(),
         partial.data_ptr(),
         counters.arrivals(device, chosen.row_blocks),
@@ -140,9 +132,18 @@ def _x_map(x: Tensor, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
 
 @functools.lru_cache(maxsize=4096)
 def spmm_plan_cached(
-    device: int, rows: int, columns: int, packets: int, max_packets: int, tile_words: int, n: int, bf16: bool
+    device: int,
+    rows: int,
+    columns: int,
+    packets: int,
+    max_packets: int,
+    tile_words: int,
+    n: int,
+    bf16: bool,
+    values: ValueKind = ValueKind.BITS16,
 ) -> plan.SpmmPlan:
-    return plan.spmm_plan(device_properties(device), rows, columns, packets, max_packets, tile_words, n, bf16)
+    sizes = (rows, columns, packets, max_packets, tile_words, n)
+    return plan.spmm_plan(device_properties(device), *sizes, bf16, values=values)
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -159,8 +160,12 @@ def _pointers(weight: PackedWeight) -> tuple[int, int, int]:
     return weight.bitmap.data_ptr(), weight.values.data_ptr(), weight.offsets.data_ptr()
 
 
+def _scales(weight: PackedWeight) -> int | None:
+    return None if weight.scales is None else weight.scales.data_ptr()
+
+
 def _column_bytes(weight: PackedWeight) -> int:
-    return (PACKET_VALUES * max(weight.max_packets, 1) + 1) * 4 * LANES
+    return (weight.kind.packet_values * max(weight.max_packets, 1) + 1) * 4 * LANES
 
 
 def _is_bf16(weight: PackedWeight) -> int:

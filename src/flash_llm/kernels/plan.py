@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flash_llm.tensor.layout import LANES, PACKET_VALUES, WORD_COLUMNS, ceil_div, grid
+from flash_llm.tensor.layout import LANES, WORD_COLUMNS, ValueKind, ceil_div, grid
 
 MAX_N = 64
 """Rows of X that one launch of the sparse kernel takes; more are taken in turns."""
@@ -59,6 +59,7 @@ def spmm_plan(
     bf16: bool,
     warps: int | None = None,
     resident: int | None = None,
+    values: ValueKind = ValueKind.BITS16,
 ) -> SpmmPlan:
     """The sparse kernel's configuration for a packed [rows, columns] weight and x [n, columns], n from 1 to MAX_N.
 
@@ -67,6 +68,7 @@ def spmm_plan(
         max_packets: the most that a lane has in a tile.
         warps: a block's multiplying warps; None takes what was found best, as far as shared memory allows.
         resident: blocks that are to share a multiprocessor, 1 to 3; None takes what was found best.
+        values: how the weight's nonzeros are stored.
 
     Raises:
         ValueError: n is out of range.
@@ -79,7 +81,7 @@ def spmm_plan(
         warps, resident = _small_blocks(device, rows, columns, tile_words, n_blocks)
     resident = resident or 1
     chunk_words = chunk(tile_words, _CHUNK_WORDS[hopper][n_blocks])
-    column_bytes = (PACKET_VALUES * max(max_packets, 1) + 1) * 4 * LANES
+    column_bytes = (values.packet_values * max(max_packets, 1) + 1) * 4 * LANES
     stage = n_blocks * 8 * (chunk_words * WORD_COLUMNS * 2 + (0 if hopper else 16))
     stages = max(3, min(6, _RING_BYTES[resident] // stage)) if hopper else 2
     ring = stages * stage + (1024 + 128 if hopper else 0)  # aligned by 1024, and its barriers
@@ -99,9 +101,10 @@ def spmm_plan(
         "CHUNK_WORDS": chunk_words,
         "RAGGED": int(words % tile_words != 0),
         "PACKETS_AHEAD": ahead,
-        "LIKELY_FULL": max(1, min(mean - 2, ahead)),
+        "LIKELY_FULL": max(1, min(mean - (2 if values is ValueKind.BITS16 else 1), ahead)),
         "WARPS": warps,
         "BF16": int(bf16),
+        "VALUES": values.code,
     }
     if hopper:
         defines |= {"STAGES": stages, "WGMMA": int(n_blocks >= 4), "RESIDENT": resident}

@@ -5,8 +5,10 @@
 // of neighbouring elements is one aligned load: at word q, where q counts the nonzeros up to and including the pair's
 // first element, the low half is that element if it is nonzero, and the high half the second one if that is nonzero.
 // A mask made of the two bits clears what is not. That is 5 instructions for 2 elements, and no branch.
+//
+// Values of 8 bits become 16-bit ones on their way to the column: values.cuh. From there on all is the same.
 #pragma once
-#include "ptx.cuh"
+#include "values.cuh"
 
 constexpr int LANES = 32;
 constexpr int WORD_COLUMNS = 64;
@@ -26,7 +28,7 @@ DEVICE PacketRows packet_rows(const uint32_t (&words)[WORDS]) {
 #pragma unroll
   for (int w = 0; w < WORDS; ++w) count += __popc(words[w]);
   PacketRows rows;
-  rows.mine = (count + 7) >> 3;
+  rows.mine = (count + PACKET_VALUES - 1) >> PACKET_SHIFT;
   rows.full = __reduce_min_sync(0xffffffffu, rows.mine);
   rows.most = __reduce_max_sync(0xffffffffu, rows.mine);
   return rows;
@@ -80,17 +82,16 @@ struct Packets {
     store_shared(column, previous >> 16);
   }
 
-  static DEVICE void store_packet(uint32_t& column, uint32_t& previous, const uint4& v) {
-    store_shared(column, prmt(previous, v.x, 0x5432));
-    store_shared(column + 1 * COLUMN_STEP, v.x);
-    store_shared(column + 2 * COLUMN_STEP, prmt(v.x, v.y, 0x5432));
-    store_shared(column + 3 * COLUMN_STEP, v.y);
-    store_shared(column + 4 * COLUMN_STEP, prmt(v.y, v.z, 0x5432));
-    store_shared(column + 5 * COLUMN_STEP, v.z);
-    store_shared(column + 6 * COLUMN_STEP, prmt(v.z, v.w, 0x5432));
-    store_shared(column + 7 * COLUMN_STEP, v.w);
-    previous = v.w;
-    column += 8 * COLUMN_STEP;
+  static DEVICE void store_packet(uint32_t& column, uint32_t& previous, const uint4& packet) {
+    uint32_t pairs[PACKET_PAIRS];
+    packet_pairs(pairs, packet);
+#pragma unroll
+    for (int i = 0; i < PACKET_PAIRS; ++i) {
+      store_shared(column + 2 * i * COLUMN_STEP, prmt(previous, pairs[i], 0x5432));
+      store_shared(column + (2 * i + 1) * COLUMN_STEP, pairs[i]);
+      previous = pairs[i];
+    }
+    column += PACKET_VALUES * COLUMN_STEP;
   }
 };
 

@@ -56,6 +56,33 @@ DEVICE uint32_t dp4a(uint32_t a, uint32_t b, uint32_t sum) {
   return value;
 }
 
+// Pairs of 16-bit floats, and of 8-bit ones, where one instruction makes two float16 of two float8.
+#ifndef FLOAT8_CONVERTS
+#define FLOAT8_CONVERTS (__CUDA_ARCH__ >= 890)
+#endif
+#if FLOAT8_CONVERTS
+DEVICE void float8_to_float16(uint32_t (&pairs)[2], uint32_t v) {
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high;}"
+      : "=r"(pairs[0]), "=r"(pairs[1]) : "r"(v));
+}
+#endif
+// Exact for what 8 bits can be: the mantissa's bits that get lost are 0.
+DEVICE uint32_t float16_to_bfloat16(uint32_t pair) {
+  uint32_t low, high;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=r"(low), "=r"(high) : "r"(pair));
+  return prmt(low, high, 0x7632);
+}
+DEVICE uint32_t subtract_float16(uint32_t a, uint32_t b) {
+  uint32_t value;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(value) : "r"(a), "r"(b));
+  return value;
+}
+DEVICE uint32_t fma_bfloat16(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t value;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(value) : "r"(a), "r"(b), "r"(c));
+  return value;
+}
+
 // Copies 16 bytes, or writes 16 zero bytes where `valid` is false.
 DEVICE void copy_async(uint32_t target, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0));

@@ -9,13 +9,15 @@
 #include "decode.cuh"
 
 // Compiled with TILE_WORDS, N_BLOCKS (of 8 rows of X), CHUNK_WORDS (columns of X that are streamed at a time, in words),
-// RAGGED (TILE_WORDS doesn't divide the words of a strip), PACKETS_AHEAD and LIKELY_FULL (see Packets), WARPS and BF16.
+// RAGGED (TILE_WORDS doesn't divide the words of a strip), PACKETS_AHEAD and LIKELY_FULL (see Packets), WARPS, BF16 and
+// VALUES (see values.cuh).
 struct SpmmParams {
   const uint32_t* bitmap;
   const uint4* packets;
   const uint32_t* offsets;
   const uint16_t* x;
   const uint16_t* bias;  // or null
+  const float* scales;   // of the rows; null with 16-bit values
   uint16_t* y;
   float* partial;      // [2 * blocks][N_BLOCKS * 4][threads]: each block's share of the row blocks it didn't do alone
   uint32_t* arrivals;  // [row blocks], zero before and after
@@ -76,19 +78,20 @@ DEVICE int block_of_unit(const SpmmParams& p, int unit) {
   return (int)(((long long)(unit + 1) * gridDim.x - 1) / p.units);
 }
 
-// Adds the bias, rounds and writes a strip's 16 rows.
+// Applies the scales, adds the bias, rounds and writes a strip's 16 rows.
 DEVICE void write_strip(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], int strip, int lane) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = strip * STRIP_ROWS + (lane >> 2) + 8 * h;
     if (row >= p.rows) continue;
     const float bias = p.bias ? widen_value(p.bias[row]) : 0.f;
+    const float scale = row_scale(p.scales, row);
 #pragma unroll
     for (int j = 0; j < N_BLOCKS; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int n = j * 8 + (lane & 3) * 2 + e;
-        if (n < p.n) p.y[(long long)n * p.rows + row] = round_value(sum[j][2 * h + e] + bias);
+        if (n < p.n) p.y[(long long)n * p.rows + row] = round_value(sum[j][2 * h + e] * scale + bias);
       }
     }
   }

@@ -1,10 +1,11 @@
-// Packed to dense, a warp a tile. Compiled with TILE_WORDS and BF16.
+// Packed to dense, a warp a tile. Compiled with TILE_WORDS, BF16 and VALUES.
 #include "decode.cuh"
 
 struct UnpackParams {
   const uint32_t* bitmap;
   const uint4* packets;
   const uint32_t* offsets;
+  const float* scales;  // of the rows; null with 16-bit values
   uint16_t* dense;
   int rows, columns, words, tiles;  // words and tiles of a strip
   int total_tiles;
@@ -12,6 +13,12 @@ struct UnpackParams {
 };
 
 constexpr int PACKETS_AHEAD = TILE_WORDS < 3 ? 8 : 12;
+
+DEVICE uint32_t scale_pair(uint32_t pair, float scale) {
+  if constexpr (VALUES == 0) return pair;
+  const uint32_t low = round_value(widen_value((uint16_t)pair) * scale);
+  return low | (uint32_t)round_value(widen_value((uint16_t)(pair >> 16)) * scale) << 16;
+}
 
 // Two neighbouring elements, as one store where that is aligned and inside.
 DEVICE void write_pair(const UnpackParams& p, int row, int column, uint32_t pair) {
@@ -41,6 +48,7 @@ extern "C" __global__ void __launch_bounds__(256) unpack(const __grid_constant__
     packets.store(base, lane);
     uint32_t column = base;
     const int row = strip * STRIP_ROWS + (lane >> 2);
+    const float scales[2] = {row_scale(p.scales, min(row, p.rows - 1)), row_scale(p.scales, min(row + 8, p.rows - 1))};
 #pragma unroll
     for (int w = 0; w < TILE_WORDS; ++w) {
       if (first + w >= p.words) break;
@@ -48,7 +56,10 @@ extern "C" __global__ void __launch_bounds__(256) unpack(const __grid_constant__
       expand_word(a, words[w], column);
       const int at = (first + w) * WORD_COLUMNS + 2 * (lane & 3);
 #pragma unroll
-      for (int i = 0; i < 16; ++i) write_pair(p, row + 8 * (i & 1), at + 16 * (i >> 2) + 8 * ((i >> 1) & 1), a[i]);
+      for (int i = 0; i < 16; ++i) {
+        const uint32_t pair = scale_pair(a[i], scales[i & 1]);
+        write_pair(p, row + 8 * (i & 1), at + 16 * (i >> 2) + 8 * ((i >> 1) & 1), pair);
+      }
     }
   }
 }
