@@ -12,7 +12,7 @@ struct UnpackParams {
   int column_bytes;  // shared memory of a warp
 };
 
-constexpr int PACKETS_AHEAD = TILE_WORDS < 3 ? 8 : 12;
+constexpr int PACKETS_AHEAD = (TILE_WORDS < 3 ? 64 : 96) / PACKET_VALUES;  // the most that a lane may have
 
 DEVICE uint32_t scale_pair(uint32_t pair, float scale) {
   if constexpr (VALUES == 0) return pair;
