@@ -23,11 +23,13 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "dense"
 
 
-@pytest.mark.parametrize("share", [0.8, 0.55, 0.3])
-def test_a_pruned_model_fits_and_wastes_little(share: float, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("share", "values"), [(0.8, "16-bit"), (0.55, "16-bit"), (0.3, "16-bit"), (0.6, "fp8"), (0.4, "int8"), (0.3, "fp8")]
+)
+def test_a_pruned_model_fits_and_wastes_little(share: float, values: str, model: Path, tmp_path: Path) -> None:
     budget = int(read_folder(model).nbytes * share)
-    sparsity = sparsity_for_bytes(model, budget)
-    prune_folder(model, tmp_path / "pruned", "magnitude", sparsity, progress=False)
+    sparsity = sparsity_for_bytes(model, budget, values=values)
+    prune_folder(model, tmp_path / "pruned", "magnitude", sparsity, values=values, progress=False)
     compress_folder(tmp_path / "pruned", tmp_path / "small")
     assert 0.88 * budget < read_folder(tmp_path / "small").nbytes <= budget
 

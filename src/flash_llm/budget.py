@@ -9,12 +9,14 @@ from pathlib import Path
 
 from flash_llm.prune.folder import prunable_layers
 from flash_llm.prune.source import SourceFolder
-from flash_llm.tensor.layout import STRIP_ROWS, WORD_COLUMNS, ceil_div
+from flash_llm.tensor.layout import STRIP_ROWS, WORD_COLUMNS, ValueKind, ceil_div
 
-# What padding adds to 2 bytes a nonzero and 1 bit an element: at most 11 % from 192 x 576 elements on, to 95 % zeros.
-_PADDING = 1.12
-# With fewer zeros layers hardly shrink, and are left dense; with more nothing is left of a model.
-_LOWEST, _HIGHEST = 0.31, 0.95
+# By the bytes of a value, what padding adds to nonzeros and 1 bit an element: from 192 x 576 elements on, and to 95 %
+# zeros, at most 15 % to 8-bit values and 11 % to those of 16 bits.
+_PADDING = {1: 1.16, 2: 1.12}
+# With fewer zeros layers of 16-bit values hardly shrink, and are left dense; with more nothing is left of a model.
+_LOWEST, _HIGHEST = {1: 0.0, 2: 0.31}, 0.95
+_SCALE_BYTES = 4
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -32,18 +34,25 @@ def parse_bytes(text: str) -> int:
 
 
 def sparsity_for_bytes(
-    model_dir: str | Path, nbytes: int, *, include_lm_head: bool = False, skip: Sequence[str] = ()
+    model_dir: str | Path,
+    nbytes: int,
+    *,
+    include_lm_head: bool = False,
+    skip: Sequence[str] = (),
+    values: str | ValueKind = ValueKind.BITS16,
 ) -> float:
     """The least sparsity with which a model fits into ``nbytes`` once it is pruned and compressed.
 
     Bytes depend on the number of nonzeros alone, not on where they are, so that this holds for any allocation under
-    which all layers have 31 % zeros or more. The bound on padding is cautious: the folder is a little smaller.
+    which all layers have 31 % zeros or more (with 8-bit values: any number of them). The bound on padding is cautious:
+    the folder is a little smaller.
 
     Args:
         model_dir: dense model.
         nbytes: for all tensors of the compressed folder; an engine needs more, for activations and its cache.
         include_lm_head: as in :func:`flash_llm.prune.prune_folder`.
         skip: as there.
+        values: as there.
 
     Returns:
         Sparsity, rounded up to a thousandth.
@@ -51,7 +60,8 @@ def sparsity_for_bytes(
     Raises:
         ValueError: the model fits as it is, or wouldn't fit at 95 % zeros.
     """
-    source = SourceFolder(Path(model_dir))
+    source, kind = SourceFolder(Path(model_dir)), ValueKind(values)
+    value_bytes, padding = kind.nbytes, _PADDING[kind.nbytes]
     layers = prunable_layers(model_dir, include_lm_head=include_lm_head, skip=skip)
     numel = {name: math.prod(source.shape(name)) for name in source.names}
     dense = 2 * sum(numel.values())
@@ -62,17 +72,19 @@ def sparsity_for_bytes(
     weights = sum(numel[key] for key in layers.values())
     bits = sum(_bitmap_bits(*source.shape(key)) for key in layers.values())
     rest = dense - 2 * weights
+    if kind is not ValueKind.BITS16:
+        rest += _SCALE_BYTES * sum(source.shape(key)[0] for key in layers.values())
 
     def size(sparsity: float) -> float:
-        return rest + _PADDING * (2 * weights * (1 - sparsity) + bits / 8)
+        return rest + padding * (value_bytes * weights * (1 - sparsity) + bits / 8)
 
     if (least := size(_HIGHEST)) > nbytes:
         raise ValueError(
             f"{model_dir} can't fit into {nbytes:,} bytes: at {_HIGHEST:.0%} zeros it would still take {least:,.0f}, "
             f"{rest:,} of them in what is not pruned."
         )
-    sparsity = 1 - ((nbytes - rest) / _PADDING - bits / 8) / (2 * weights)
-    return max(_LOWEST, math.ceil(sparsity * 1000) / 1000)
+    sparsity = 1 - ((nbytes - rest) / padding - bits / 8) / (value_bytes * weights)
+    return max(_LOWEST[value_bytes], math.ceil(sparsity * 1000) / 1000)
 
 
 def _bitmap_bits(rows: int, columns: int) -> int:

@@ -41,6 +41,7 @@ from flash_llm.nn import BUFFERS, DEFAULT_SKIP, CompressReport
 from flash_llm.tensor import PackedWeight, ValueKind, checksum, empty_state
 from flash_llm.tensor.layout import VALUE_DTYPES
 from flash_llm.tensor.packed import check_version, parse_metadata, tensor_names
+from flash_llm.tensor.quantise import SCALES, is_rounded
 
 QUANT_METHOD = "flash_llm"
 PRUNING = "pruning.json"
@@ -202,7 +203,7 @@ def compress_folder(
     candidates = _candidates(folder, infos, skip, report)
     target = _target_dtype(infos, candidates, dtype, report)
     report.source_nbytes = sum(info.nbytes for info in infos.values())
-    pack = _Packer(device, min_sparsity, kind)
+    pack = _Packer(device, min_sparsity, kind, _known_scales(folder, kind))
     layers: dict[str, Any] = {}
     checksums: dict[str, str] = {}
     with new_folder(out_dir, _estimate(folder, infos, candidates, target, kind)) as out:
@@ -210,7 +211,7 @@ def compress_folder(
         for name in _progress(folder.names, "Compressing", progress):
             tensor = _converted(name, folder.read(name), target)
             layer = name.removesuffix(".weight")
-            weight = pack(tensor) if name in candidates else None
+            weight = pack(tensor, name) if name in candidates else None
             if isinstance(weight, PackedWeight):
                 layers[layer] = weight.metadata()
                 report.packed.append(layer)
@@ -229,6 +230,12 @@ def compress_folder(
         record = make_record(layers, report.skipped, checksums, _pruning(folder))
         write_json(out / CONFIG, _signed(_with_dtype(folder.config, target) | {"quantization_config": record}))
     report.nbytes = writer.nbytes
+    if pack.unlike:
+        report.notes.append(
+            f"{pack.unlike[0]} ({len(pack.unlike)} weights in all) is no longer what {SCALES} was made for: new scales "
+            f"were chosen"
+        )
+        warnings.warn(report.notes[-1], stacklevel=2)
     report.dtype, report.values = next(iter(layers.values()))["dtype"], kind.value
     return report
 
@@ -582,23 +589,48 @@ def _converted(name: str, tensor: Tensor, target: torch.dtype | None) -> Tensor:
 class _Packer:
     """Packs a layer, or says why it is better left dense."""
 
-    def __init__(self, device: torch.device, min_sparsity: float | None, kind: ValueKind = ValueKind.BITS16) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        min_sparsity: float | None,
+        kind: ValueKind = ValueKind.BITS16,
+        scales: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.device, self.min_sparsity, self.kind = device, min_sparsity, kind
+        self.scales = scales or {}
+        self.unlike: list[str] = []
+        """Weights that aren't what their scales were chosen for."""
 
-    def __call__(self, dense: Tensor) -> PackedWeight | str:
+    def __call__(self, dense: Tensor, name: str = "") -> PackedWeight | str:
         dense = dense.to(self.device)
         density = int(dense.count_nonzero()) / dense.numel()
         sparsity = f"{1 - density:.1%} zeros"
         if self.min_sparsity is not None:
             if 1 - density < self.min_sparsity:
                 return f"it has {sparsity}, less than {self.min_sparsity:.0%}"
-            return PackedWeight.from_dense(dense, values=self.kind)
+            return self._pack(dense, name)
         if density * self.kind.nbytes / 2 + 1 / 16 > WORTH:  # the nonzeros and a bit an element: the least it takes
             return f"with {sparsity} it would not shrink to {WORTH:.0%}"
-        weight = PackedWeight.from_dense(dense, values=self.kind)
+        weight = self._pack(dense, name)
         if weight.nbytes > WORTH * weight.dense_nbytes:
             return f"with {sparsity} it would only shrink to {weight.nbytes / weight.dense_nbytes:.0%}"
         return weight
+
+    def _pack(self, dense: Tensor, name: str) -> PackedWeight:
+        scales = self.scales.get(name)
+        if scales is not None and not is_rounded(dense, scales := scales.to(self.device), self.kind):
+            self.unlike.append(name)
+            scales = None
+        return PackedWeight.from_dense(dense, values=self.kind, scales=scales)
+
+
+def _known_scales(folder: ModelFolder, kind: ValueKind) -> dict[str, Tensor]:
+    """Those with which the model's weights were rounded when it was pruned, if that was to the same kind of values."""
+    file = folder.path / SCALES
+    if kind is ValueKind.BITS16 or not file.is_file() or (_pruning(folder) or {}).get("values") != kind.value:
+        return {}
+    scales = TensorFiles([file])
+    return {name: scales.read(name) for name in scales.names}
 
 
 def _estimate(

@@ -226,6 +226,13 @@ def prune(
     dtype: RunDtype = Dtype.auto,
     include_lm_head: Annotated[bool, typer.Option("--include-lm-head", help="Prune the output layer too.")] = False,
     skip: Skip = None,
+    values: Annotated[
+        Values,
+        typer.Option(
+            help="Also round what is left to 8 bits, with a scale for each row; by sparsegpt and alps so that weights "
+            "make up for each other's rounding."
+        ),
+    ] = Values.bits16,
     compress: Annotated[
         bool, typer.Option("--compress", help="Compress the result: OUT is what `compress` makes.")
     ] = False,
@@ -240,6 +247,7 @@ def prune(
       flash-llm prune MODEL --method magnitude --sparsity 0.3 --out PRUNED
       flash-llm prune MODEL --method alps --allocation error --sparsity 0.7 --calibration text.txt --out PRUNED
       flash-llm prune MODEL --sparsity 0.6 --calibration text.jsonl.gz --compress --out SMALL
+      flash-llm prune MODEL --method alps --sparsity 0.5 --values fp8 --calibration text.txt --compress --out SMALL
       flash-llm prune MODEL --budget 24GB --calibration text.txt --compress --out SMALL
     """
     from flash_llm.budget import parse_bytes, sparsity_for_bytes
@@ -252,7 +260,9 @@ def prune(
     if budget is not None:
         if sparsity is not None:
             raise ValueError("--sparsity and --budget say the same thing; give one of them.")
-        sparsity = sparsity_for_bytes(model, parse_bytes(budget), include_lm_head=include_lm_head, skip=skip or [])
+        sparsity = sparsity_for_bytes(
+            model, parse_bytes(budget), include_lm_head=include_lm_head, skip=skip or [], values=values.value
+        )
         _say(f"{budget} take a sparsity of {sparsity:.1%}")
     device = usable_device(device)
     report = prune_folder(
@@ -266,6 +276,7 @@ def prune(
         dtype=_dtype(dtype, device),
         include_lm_head=include_lm_head,
         skip=skip or [],
+        values=values.value,
     )
     _say(f"pruned {len(report.layers)} layers: {report.zeros:,} of {report.weights:,} weights are zero")
     if compress:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flash_llm.errors import CheckpointError
@@ -23,11 +24,14 @@ from flash_llm.prune.calibration import CalibrationConfig, digest, load_windows
 from flash_llm.prune.files import check_out, data_bytes, write_tensors
 from flash_llm.prune.job import Job
 from flash_llm.prune.method import METHODS, Pruner
+from flash_llm.prune.quantise import quantise
 from flash_llm.prune.skeleton import Skeleton
 from flash_llm.prune.source import SourceFolder
 from flash_llm.prune.statistics import Collector, Statistics
 from flash_llm.prune.survey import check_finite, matrix, read_finite, survey
 from flash_llm.prune.walk import Walk
+from flash_llm.tensor import ValueKind
+from flash_llm.tensor.quantise import SCALES
 
 RECORD = "pruning.json"
 RECORD_VERSION = 1
@@ -101,6 +105,7 @@ def prune_folder(
     dtype: torch.dtype | None = None,
     include_lm_head: bool = False,
     skip: Sequence[str] = (),
+    values: str | ValueKind = ValueKind.BITS16,
     resume: bool = True,
     progress: bool = True,
 ) -> PruneReport:
@@ -125,6 +130,9 @@ def prune_folder(
             the model's if that is float16 or bfloat16, else float32.
         include_lm_head: prune the output head too. Embeddings are never pruned.
         skip: regular expressions; layers in whose full name one is found stay dense.
+        values: "float8_e4m3" or "int8" also rounds what is left to that, with a scale for each row, see
+            :func:`flash_llm.prune.quantise.quantise`. Weights are still written in their own dtype; the scales are kept
+            beside them in ``scales.safetensors``, with which ``compress_folder`` stores just these values.
         resume: take up an interrupted run; False: discard it.
         progress: show a bar if standard error is a terminal.
 
@@ -132,8 +140,8 @@ def prune_folder(
         What was done.
 
     Raises:
-        ValueError: sparsity out of range, unknown method or allocation, missing or too little calibration data, a
-            pattern that is no regular expression or matches nothing, a model without linear layers, NaN or infinite
+        ValueError: sparsity out of range, unknown method, allocation or values, missing or too little calibration data,
+            a pattern that is no regular expression or matches nothing, a model without linear layers, NaN or infinite
             weights or activations, a tied head that is to be pruned.
         FileNotFoundError: no such model folder or calibration file.
         FileExistsError: the output folder is not empty, or an interrupted run had other arguments.
@@ -141,7 +149,7 @@ def prune_folder(
         OSError: not enough disk.
     """
     start = time.perf_counter()
-    pruner, allocation = _pruner(method), _allocation(allocation)
+    pruner, allocation, kind = _pruner(method), _allocation(allocation), ValueKind(values)
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity={sparsity} must be at least 0 and less than 1 (0.5 drops half of the weights).")
     source, out = SourceFolder(Path(model_dir)), Path(out_dir).absolute()
@@ -163,13 +171,14 @@ def prune_folder(
         "dtype": str(dtype).removeprefix("torch."),
         "include_lm_head": include_lm_head,
         "skip": list(skip),
+        **({} if kind is ValueKind.BITS16 else {"values": kind.value}),
     }
     job = Job(out, settings | {"model": [str(source.folder.resolve()), *source.identity()], "device": device.type})
     _check_disk(job, source, skeleton, windows)
     with job.started(resume):
         resumed = len(job.records())
         shares = _allocate(job, skeleton, stages, allocation, pruner, float(sparsity), windows, progress)
-        _run(job, skeleton, stages, pruner, shares, windows, progress)
+        _run(job, skeleton, stages, pruner, shares, kind, windows, progress)
         records = job.records()
         layers = {name: LayerReport(**layer) for record in records for name, layer in record["layers"].items()}
         notes = [note for record in records for note in record["warnings"]]
@@ -311,6 +320,7 @@ def _run(
     stages: list[_Stage],
     pruner: Pruner,
     shares: dict[str, float],
+    kind: ValueKind,
     windows: Tensor | None,
     progress: bool,
 ) -> None:
@@ -325,7 +335,7 @@ def _run(
         task = bar.add_task(f"pruning ({pruner.name})", total=len(stages), completed=done)
         for index in range(done, len(stages)):
             is_last = index == len(stages) - 1
-            record = _prune_stage(job, skeleton, stages, index, pruner, shares, walk)
+            record = _prune_stage(job, skeleton, stages, index, pruner, shares, kind, walk)
             job.finish(index, record, walk.hidden if walk is not None and not is_last else None)
             bar.advance(task)
 
@@ -337,23 +347,25 @@ def _prune_stage(
     index: int,
     pruner: Pruner,
     shares: dict[str, float],
+    kind: ValueKind,
     walk: Walk | None,
 ) -> dict[str, Any]:
     stage = stages[index]
+    scales: dict[str, Tensor] = {}
     if walk is None:
-        pruned, record = _prune_layers(skeleton, stage, pruner, shares, None)
+        pruned, scales, record = _prune_layers(skeleton, stage, pruner, shares, kind, None)
     elif index == len(skeleton.block_names):
         head = skeleton.model.get_submodule(stage.module)
         with Collector({stage.module: head}, pruner.needs) as collector:
             walk.observe_head(head)
-        pruned, record = _prune_layers(skeleton, stage, pruner, shares, collector.statistics)
+        pruned, scales, record = _prune_layers(skeleton, stage, pruner, shares, kind, collector.statistics)
     else:
         with skeleton.loaded(stage.module):
             layers = {name: skeleton.model.get_submodule(name) for name in stage.layers}
             if layers:
                 with Collector(layers, pruner.needs) as collector:
                     walk.observe(index)
-                pruned, record = _prune_layers(skeleton, stage, pruner, shares, collector.statistics)
+                pruned, scales, record = _prune_layers(skeleton, stage, pruner, shares, kind, collector.statistics)
             else:
                 pruned, record = {}, {"layers": {}, "warnings": []}
             if index < len(stages) - 1:
@@ -364,6 +376,8 @@ def _prune_stage(
         key: pruned[key] if key in pruned else skeleton.source.read(key) for key in skeleton.keys_under(stage.module)
     }
     write_tensors(job.model / _shard(index, stages), tensors)
+    if scales:
+        write_tensors(_scales_of(job, index), scales)
     return record
 
 
@@ -372,10 +386,12 @@ def _prune_layers(
     stage: _Stage,
     pruner: Pruner,
     shares: dict[str, float],
+    kind: ValueKind,
     statistics: dict[str, Statistics] | None,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Pruned weights by their stored names, on the CPU, and a record of what was done."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Pruned weights and, if they are rounded, scales by their stored names, on the CPU; a record of what was done."""
     pruned: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     notes: list[str] = []
     for name, key in stage.layers.items():
@@ -389,11 +405,15 @@ def _prune_layers(
                 f"{name} saw no calibration data and was pruned by magnitude, row by row, not by {pruner.name}."
             )
             warnings.warn(notes[-1], stacklevel=2)
+            statistic = None
         elif statistic is not None:
             check_finite(name, statistic, skeleton.dtype)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = used.prune(weight, statistic, shares[name])
+            if kind is not ValueKind.BITS16:
+                rounded = quantise(weight, found, statistic, kind)
+                found, scales[key] = rounded.weight, rounded.scales.cpu()
         for warning in caught:
             notes.append(f"{name}: {warning.message}.")
             warnings.warn(notes[-1], warning.category, stacklevel=2)
@@ -401,7 +421,7 @@ def _prune_layers(
         zeros = int((result == 0).sum())
         layers[name] = asdict(LayerReport(key, list(result.shape), zeros, zeros / result.numel(), used.name))
         pruned[key] = result
-    return pruned, {"layers": layers, "warnings": notes}
+    return pruned, scales, {"layers": layers, "warnings": notes}
 
 
 def _complete(
@@ -419,6 +439,9 @@ def _complete(
     if rest:
         write_tensors(job.model / _shard(len(stages), stages), {key: source.read(key) for key in rest})
         shard_of |= dict.fromkeys(rest, _shard(len(stages), stages))
+    scales = [load_file(_scales_of(job, i)) for i in range(len(stages)) if _scales_of(job, i).is_file()]
+    if scales:
+        write_tensors(job.model / SCALES, {key: tensor for found in scales for key, tensor in found.items()})
     total = sum(data_bytes(job.model / shard) for shard in set(shard_of.values()))
     write_json(
         job.model / "model.safetensors.index.json",
@@ -430,6 +453,11 @@ def _complete(
     for file in source.side_files():
         shutil.copyfile(file, job.model / file.name)
     write_json(job.model / RECORD, record | {"layers": {name: asdict(layer) for name, layer in layers.items()}})
+
+
+def _scales_of(job: Job, index: int) -> Path:
+    """Where a stage's scales are until all are there."""
+    return job.folder / f"scales-{index:05d}.safetensors"
 
 
 def _shard(index: int, stages: list[_Stage]) -> str:

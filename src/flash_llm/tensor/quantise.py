@@ -13,6 +13,9 @@ from torch import Tensor
 
 from flash_llm.tensor.layout import ValueKind
 
+SCALES = "scales.safetensors"
+"""File beside a dense model whose weights are rounded already: the scales of each, by the weight's name."""
+
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 # Scales that are tried, relative to the one with which the row's largest weight just fits. Whole steps of int8 are the
@@ -73,6 +76,21 @@ def dequantise(codes: Tensor, scales: Tensor, kind: ValueKind, dtype: torch.dtyp
     for rows in _chunks(codes):
         result[rows] = (codes[rows].view(kind.dtype).float() * scales[rows, None]).to(dtype)
     return result
+
+
+def is_rounded(weight: Tensor, scales: Tensor, kind: ValueKind) -> bool:
+    """Whether ``weight [M, K]`` is made of 8-bit values and these scales, but for having been cast to 16 bits since."""
+    if scales.dtype != torch.float32 or scales.shape != weight.shape[:1]:
+        return False
+    if not bool((scales.isfinite() & (scales > 0)).all()):
+        return False
+    # A little more than half of bfloat16's last bit, and of float16's smallest number.
+    relative, absolute = 0.55 * torch.finfo(torch.bfloat16).eps, 0.55 * 2**-24
+    for rows in _chunks(weight):
+        wide = weight[rows].float()
+        if not torch.allclose(rounded(wide, scales[rows], kind), wide, rtol=relative, atol=absolute):
+            return False
+    return True
 
 
 def _numbers(weight: Tensor, scales: Tensor, kind: ValueKind) -> Tensor:
