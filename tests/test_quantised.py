@@ -83,6 +83,8 @@ def test_x_of_another_dtype_and_values_of_another_are_refused() -> None:
     wide = PackedWeight(**vars(weight) | {"values": weight.values.half()})
     with pytest.raises(TypeError, match="holds float8_e4m3fn or int8 values with its scales"):
         flash_llm.linear(normal(2, COLUMNS, dtype=torch.bfloat16), wide)
+    with pytest.raises(TypeError, match=r"a packed weight is one of float16 or bfloat16, not torch\.float32"):
+        flash_llm.linear(normal(2, COLUMNS).float(), weight.in_dtype(torch.float32))
 
 
 # SparseLinear.

@@ -58,6 +58,8 @@ def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
     if weight.values.dtype not in (VALUE_DTYPES if weight.scales is None else _QUANTISED):
         what = "float16 or bfloat16 values" if weight.scales is None else "float8_e4m3fn or int8 values with its scales"
         raise TypeError(f"a packed weight holds {what}, not {weight.values.dtype}: cast them back")
+    if weight.dtype not in VALUE_DTYPES:
+        raise TypeError(f"a packed weight is one of float16 or bfloat16, not {weight.dtype}: use in_dtype")
     if x.dtype != weight.dtype:
         raise TypeError(f"x is {x.dtype} but the weight is {weight.dtype}; convert x with x.to({weight.dtype})")
     if x.dim() == 0 or x.shape[-1] != columns:

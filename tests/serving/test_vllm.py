@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm_models import CPU_BUILD, PROMPTS, compressed_folder, dense_folder, greedy
 from vllm_process import generate
 
@@ -36,16 +37,33 @@ def test_compressed_folders_and_packing_at_load_give_the_tokens_of_transformers(
         assert tokens(outcome) == expected
 
 
-def test_two_ranks_share_a_compressed_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", ["float8_e4m3", "int8"])
+def test_8_bit_folders_and_8_bit_weights_that_are_made_up(values: str, tmp_path: Path) -> None:
+    """Also with one part of a merged layer dense, which takes the others back to 16 bits: few are lost to float16."""
+    dense = dense_folder(tmp_path / "dense", "llama", dtype=torch.float16)
+    small = compressed_folder(tmp_path / "small", dense, values=values)
+    mixed = compressed_folder(tmp_path / "mixed", dense, values=values, skip=[r"k_proj$", r"lm_head$"])
+    config = {"quant_method": "flash_llm", "dummy_sparsity": 0.6, "dummy_values": values}
+    made_up = {"load_format": "dummy", "hf_overrides": {"quantization_config": config}}
+    unknown = {**made_up, "hf_overrides": {"quantization_config": config | {"dummy_values": "int3"}}}
+    outcomes = generate(tmp_path, [run(small), run(mixed), run(dense, **made_up), run(dense, **unknown)])
+    assert tokens(outcomes[0]) == greedy(small, PROMPTS, TOKENS)
+    assert tokens(outcomes[1]) == greedy(mixed, PROMPTS, TOKENS)
+    assert all(len(answer) == TOKENS for answer in tokens(outcomes[2]))
+    assert "values='int3': it takes one of" in outcomes[3]["error"]
+
+
+@pytest.mark.parametrize("values", ["16-bit", "int8"])
+def test_two_ranks_share_a_compressed_model(values: str, tmp_path: Path) -> None:
     dense = dense_folder(tmp_path / "dense", "llama")
-    small = compressed_folder(tmp_path / "small", dense)
+    small = compressed_folder(tmp_path / "small", dense, values=values)
     (outcome,) = generate(
         tmp_path,
         [run(small, tensor_parallel_size=2)],
         VLLM_CPU_OMP_THREADS_BIND="0|1",
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
     )
-    assert tokens(outcome) == greedy(dense, PROMPTS, TOKENS)
+    assert tokens(outcome) == greedy(small, PROMPTS, TOKENS)
 
 
 def edit(folder: Path, **changes: Any) -> None:
@@ -82,7 +100,12 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
     )
     for outcome, words in zip(
         outcomes[:4],
-        ["99; this reads 1: upgrade flash-llm", "--skip 'lm_head'", "how many zeros", "from 0 up to, not including, 1"],
+        [
+            "99; this release reads versions 1 to 2: upgrade flash-llm",
+            "--skip 'lm_head'",
+            "how many zeros",
+            "from 0 up to, not including, 1",
+        ],
         strict=True,
     ):
         assert words in outcome["error"]

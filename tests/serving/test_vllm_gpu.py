@@ -11,6 +11,8 @@ import torch
 from vllm_models import PROMPTS, compressed_folder, dense_folder
 from vllm_process import generate
 
+from flash_llm.checkpoint import decompress_folder
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.vllm,
@@ -57,6 +59,20 @@ def test_sparse_layers_give_the_tokens_of_dense_ones(kind: str, tmp_path: Path) 
     )
     for got in (compressed, packed, eager):
         assert_same(got, expected)
+    assert [len(answer["tokens"]) for answer in dummy] == [TOKENS] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("values", ["float8_e4m3", "int8"])
+def test_8_bit_layers_give_the_tokens_of_the_rounded_weights(values: str, tmp_path: Path) -> None:
+    dense = dense_folder(tmp_path / "dense", "llama", width=1024, dtype=torch.float16)
+    small = compressed_folder(tmp_path / "small", dense, values=values)
+    decompress_folder(small, tmp_path / "rounded", progress=False)
+    config = {"quant_method": "flash_llm", "dummy_sparsity": 0.6, "dummy_values": values}
+    made_up = {"load_format": "dummy", "hf_overrides": {"quantization_config": config}}
+    expected, got, dummy = generate(
+        tmp_path, [run(tmp_path / "rounded"), run(small), run(dense, **made_up)], timeout=390
+    )
+    assert_same(got, expected)
     assert [len(answer["tokens"]) for answer in dummy] == [TOKENS] * len(PROMPTS)
 
 

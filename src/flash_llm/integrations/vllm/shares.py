@@ -86,8 +86,8 @@ class Shares:
     def result(self) -> Part:
         """The share: dense if all parts were, else packed. Nothing of it is kept here.
 
-        Where some parts' values have 8 bits and others' 16, all get 16, which changes no number but takes more memory
-        than the files: a :class:`SlowPathWarning` says so.
+        Where some parts' values have 8 bits and others' 16, all get 16: what they stand for is rounded to the weight's
+        dtype and takes more memory than the files do. A :class:`SlowPathWarning` says so.
 
         Raises:
             CheckpointError: something of the layer is missing.
