@@ -16,6 +16,7 @@ from flash_llm.bench import kernels, timing
 from flash_llm.bench.kernels import Settings, measure
 from flash_llm.cli import app
 from flash_llm.errors import KernelError
+from flash_llm.kernels import choice
 
 pytestmark = pytest.mark.filterwarnings("ignore::flash_llm.SlowPathWarning")
 
@@ -70,6 +71,16 @@ def test_a_row_holds_what_was_measured() -> None:
     assert report["environment"]["command"] == "flash-llm bench kernels"
     assert report["not_measured"] == []
     json.dumps(report, allow_nan=False)
+
+
+def test_the_kernel_that_is_asked_for_is_in_use_while_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, right = set(), ops.linear
+    monkeypatch.setattr(kernels.ops, "linear", lambda *given: used.add(choice.kernel()) or right(*given))
+    report = measure(settings(kernel="portable"), CountingMeter())
+    assert used == {"portable"}
+    assert choice.kernel() == "auto"
+    assert report["environment"]["kernel"] == "portable"
+    assert report["results"][0]["kernel"] == "reference"  # on a CPU
 
 
 def test_every_copy_has_its_turn() -> None:
@@ -158,12 +169,16 @@ def test_bad_settings_are_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_command_on_a_gpu(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "kernel"), [("float16", "auto"), ("bfloat16", "portable")])
+def test_the_command_on_a_gpu(tmp_path: Path, dtype: str, kernel: str) -> None:
     words = ["bench", "kernels", "--shapes", "1024x2048", "--sparsity", "0.6", "--n", "1,16", "--peers"]
-    result = CliRunner().invoke(app, [*words, "--dtype", dtype, "--out", str(tmp_path / "out")])
+    options = ["--dtype", dtype, "--kernel", kernel, "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*words, *options])
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "kernels.json").read_text())
     assert [row["n"] for row in report["results"]] == [1, 16]
     assert all(row["us"] > 0 and row["dense_us"] > 0 and set(row["peers"]) for row in report["results"])
     assert report["environment"]["gpu"] == torch.cuda.get_device_name()
+    measured = {row["kernel"] for row in report["results"]}
+    assert len(measured) == 1
+    assert kernel == "auto" or measured == {"spmm_sm80.cu"}

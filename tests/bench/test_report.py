@@ -54,6 +54,15 @@ def test_means_are_geometric(report: dict[str, Any]) -> None:
     assert "peers" not in means[0.5, 8]
 
 
+def test_the_table_says_which_kernel_was_measured(report: dict[str, Any]) -> None:
+    assert "| geometric mean | 50% |" in reports.markdown(report)
+    report["environment"]["kernel"] = "portable"
+    for measured in report["results"]:
+        measured["kernel"] = "spmm_sm80.cu"
+    assert "| geometric mean, portable kernel | 50% |" in reports.markdown(report)
+    assert reports.summary(report).endswith("portable kernel (spmm_sm80.cu)")
+
+
 def test_markdown(report: dict[str, Any]) -> None:
     assert (
         reports.markdown(report)
@@ -158,6 +167,7 @@ def test_report_of_a_missing_file(tmp_path: Path) -> None:
         ("--sparsity", "1.5", "sparsity '1.5'"),
         ("--n", "0", "n '0'"),
         ("--time-limit", "0", "time limit 0"),
+        ("--kernel", "fast", "kernel 'fast'"),
     ],
 )
 def test_bad_options_are_one_line(option: str, value: str, words: str) -> None:

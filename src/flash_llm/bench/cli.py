@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from flash_llm.files import make_free
+from flash_llm.kernels import choice
 from flash_llm.plotting import can_plot, require_plot
 from flash_llm.progress import progress_bar
 
@@ -51,6 +52,13 @@ def kernels(
     sparsity: Annotated[str, typer.Option(help="Shares of zeros.")] = "0.5,0.6,0.7,0.8,0.9",
     n: Annotated[str, typer.Option("--n", help="Rows of x: tokens multiplied at once.")] = "1,8,16,32,64",
     dtype: Annotated[Dtype, typer.Option(help="Of weights and x.")] = Dtype.float16,
+    kernel: Annotated[
+        str,
+        typer.Option(
+            envvar=choice.VARIABLE,
+            help="auto: this GPU's own. portable: the one for every GPU. portable-99kb: the same as small GPUs run it.",
+        ),
+    ] = choice.AUTO,
     peers: Annotated[
         bool, typer.Option("--peers", help="Measure torch's own sparse formats too: CSR, and 2:4 with a CSR rest.")
     ] = False,
@@ -75,11 +83,12 @@ def kernels(
       flash-llm bench kernels --out results
       flash-llm bench kernels --shapes llama-3-8b --n 1,16 --peers --out results
       flash-llm bench kernels --shapes 4096x4096,14336x4096 --sparsity 0.7 --time-limit 60
+      flash-llm bench kernels --kernel portable --out results-portable
     """
     from flash_llm.bench.report import write
     from flash_llm.bench.timing import CudaMeter
 
-    settings = _settings(shapes, sparsity, n, dtype.value, peers, check, time_limit)
+    settings = _settings(shapes, sparsity, n, dtype.value, peers, check, time_limit, kernel)
     _check_plot(plot, out)
     meter = CudaMeter()
     if out is not None:
@@ -233,7 +242,9 @@ def report(
         _print(read)
 
 
-def _settings(shapes: str, sparsity: str, n: str, dtype: str, peers: bool, check: bool, time_limit: float) -> Settings:
+def _settings(
+    shapes: str, sparsity: str, n: str, dtype: str, peers: bool, check: bool, time_limit: float, kernel: str
+) -> Settings:
     import torch
 
     from flash_llm.bench.kernels import Settings
@@ -247,6 +258,7 @@ def _settings(shapes: str, sparsity: str, n: str, dtype: str, peers: bool, check
         peers=peers,
         check=check,
         time_limit=time_limit,
+        kernel=kernel,
     )
 
 

@@ -25,6 +25,7 @@ from flash_llm.bench.shapes import Shape
 from flash_llm.bench.timing import Meter
 from flash_llm.environment import environment as machine
 from flash_llm.errors import KernelError
+from flash_llm.kernels import choice, cuda
 from flash_llm.tensor import PackedWeight
 from flash_llm.tensor.layout import VALUE_DTYPES
 
@@ -46,9 +47,10 @@ class Settings:
         peers: measure what torch offers for sparse weights too.
         check: compare every result with float32's.
         time_limit: seconds after which no further weight is begun.
+        kernel: one of ``kernels.choice.KERNELS``.
 
     Raises:
-        ValueError: a dtype that weights can't be packed in, or a time limit that isn't positive.
+        ValueError: a dtype that weights can't be packed in, a time limit that isn't positive, or no such kernel.
     """
 
     shapes: list[Shape]
@@ -58,12 +60,14 @@ class Settings:
     peers: bool = False
     check: bool = True
     time_limit: float = math.inf
+    kernel: str = choice.AUTO
 
     def __post_init__(self) -> None:
         if self.dtype not in VALUE_DTYPES:
             raise ValueError(f"dtype {self.dtype}: packed weights are {' or '.join(map(str, VALUE_DTYPES))}")
         if not self.time_limit > 0:
             raise ValueError(f"time limit {self.time_limit}: it takes seconds, more than 0")
+        choice.check(self.kernel)
 
 
 @dataclass
@@ -98,7 +102,7 @@ def measure(
         KernelError: a kernel fails, or its result is wrong.
     """
     begin = time.monotonic()
-    with torch.no_grad():
+    with torch.no_grad(), choice.using(settings.kernel):
         run = _Run(settings, meter, meter.read_bandwidth(), on_case, begin)
         results: list[Row] = []
         not_measured: list[Row] = []
@@ -107,7 +111,7 @@ def measure(
             if meter.device.type == "cuda":
                 torch.cuda.empty_cache()
     return {
-        "environment": environment(command, meter.device),
+        "environment": environment(command, meter.device) | {"kernel": settings.kernel},
         "read_bandwidth": run.bandwidth,
         "read_bandwidth_how": timing.READ_BANDWIDTH_HOW,
         "not_measured": not_measured,
@@ -210,6 +214,7 @@ def _sparse(run: _Run, weights: list[PackedWeight], x: Tensor, dense: Row, expec
         "bytes_an_element": packed.nbytes / (rows * columns),
         "relative_error": error,
         "tile_words": packed.tile_words,
+        "kernel": cuda.source_for(packed, n) if packed.device.type == "cuda" else "reference",
         "rotated_bytes": len(weights) * packed.nbytes,
     }
 

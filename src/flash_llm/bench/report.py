@@ -78,7 +78,9 @@ def grids(report: Report) -> list[Grid]:
     def grid(title: str, lines: Iterable[tuple[str, dict[float, str]]]) -> Grid:
         return Grid([title, *heads], [[label, *(cells.get(s, "-") for s in sparsities)] for label, cells in lines])
 
-    made = [grid("geometric mean", ((f"N = {n}", _cells(row for row in table if row["n"] == n)) for n in ns))]
+    kernel = report["environment"].get("kernel") or "auto"
+    title = "geometric mean" if kernel == "auto" else f"geometric mean, {kernel} kernel"
+    made = [grid(title, ((f"N = {n}", _cells(row for row in table if row["n"] == n)) for n in ns))]
     for peer in sorted({name for row in table for name in row.get("peers", {})}):
         title = f"{_PEER_TITLES.get(peer, peer)}, geometric mean"
         made.append(grid(title, ((f"N = {n}", _peer_cells(table, n, peer)) for n in ns)))
@@ -148,12 +150,15 @@ def tables(report: Report) -> list[Table]:
 
 
 def summary(report: Report) -> str:
-    """One line of what was measured on: GPU, versions, bandwidth."""
+    """One line of what was measured, and on what: GPU, versions, bandwidth, kernel."""
     where = report["environment"]
     words = [str(where.get("gpu") or "no GPU")]
     words += [f"{name} {where[name]}" for name in ("driver", "torch", "cuda", "flash_llm") if where.get(name)]
     if report.get("read_bandwidth"):
         words.append(f"reads {report['read_bandwidth'] * 1e-12:.2f} TB/s")
+    if kernel := where.get("kernel"):
+        sources = sorted({row["kernel"] for row in report["results"] if "kernel" in row})
+        words.append(f"{kernel} kernel" + (f" ({', '.join(sources)})" if sources else ""))
     return ", ".join(words)
 
 
