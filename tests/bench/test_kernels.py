@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from flash_llm import ops
 from flash_llm.bench import kernels, timing
 from flash_llm.bench.kernels import Settings, measure
+from flash_llm.bench.shapes import N_SWEEP
 from flash_llm.cli import app
 from flash_llm.errors import KernelError
 from flash_llm.kernels import choice
@@ -90,6 +91,44 @@ def test_every_copy_has_its_turn() -> None:
     meter = CountingMeter()
     measure(settings(), meter)
     assert set(meter.launches) == {8}
+
+
+@pytest.mark.parametrize(
+    ("launches", "seconds", "expected"),
+    [
+        (8, 0.008, (8, 15)),  # a millisecond a launch: all of them
+        (1024, 0.003, (1024, 15)),
+        (8, 0.040, (2, 15)),  # 5 ms each
+        (8, 0.160, (1, 7)),  # 20 ms each
+        (8, 8.0, (1, 3)),  # 1 s each: a median all the same
+    ],
+)
+def test_long_launches_are_timed_less_often(launches: int, seconds: float, expected: tuple[int, int]) -> None:
+    count, replays = timing.fitting(launches, seconds)
+    assert (count, replays) == expected
+    if seconds / launches < 0.03:
+        assert count * (replays + 3) * seconds / launches <= timing.CASE_SECONDS * 1.01
+
+
+def test_the_error_is_that_of_the_whole_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_CHECKED_ROWS", 4)
+    x, weight = torch.randn(10, 8), torch.randn(6, 8)
+    y = x @ weight.t()
+    assert kernels.relative_error(y, x, weight) < 1e-6
+    y[9] = 0  # a row of the last piece, which is shorter
+    expected = float((x @ weight.t())[9].norm() / (x @ weight.t()).norm())
+    assert kernels.relative_error(y, x, weight) == pytest.approx(expected, rel=1e-4)
+    y[0, 0] = math.nan
+    assert math.isnan(kernels.relative_error(y, x, weight))
+    assert kernels.relative_error(torch.ones(4, 6), torch.zeros(4, 8), weight) == pytest.approx(24**0.5)
+
+
+def test_a_sweep_measures_every_n(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "CudaMeter", CountingMeter)
+    words = ["--n-sweep", "--shapes", "32x64", "--sparsity", "0.5", "--no-plot", "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, ["bench", "kernels", *words]).exit_code == 0
+    report = json.loads((tmp_path / "out" / "kernels.json").read_text())
+    assert [row["n"] for row in report["results"]] == list(N_SWEEP)
 
 
 def test_unchecked_results_say_so() -> None:
