@@ -86,6 +86,8 @@ def test_markdown(report: dict[str, Any]) -> None:
 | 256x128, 1 | 1.00 (25%) | 3.00 (25%) |
 | 256x128, 8 | 2.00 (25%) | - |
 
+Measured on A GPU, torch 2.11, reads 3.00 TB/s.
+
 Relative error against float32: 2.0e-04 at most.
 
 2:4 and CSR refused 1 of 6: TypeError: no
@@ -162,6 +164,15 @@ def test_published_means_follow_from_their_results(path: Path) -> None:
     published = reports.read(path)
     for mean, again in zip(published["means"], reports.means(published["results"]), strict=True):
         assert again == pytest.approx(mean)
+
+
+def test_published_tables_are_printed_and_not_typed() -> None:
+    """docs/benchmarks.md holds what `flash-llm bench report docs/results/kernels-h100.json --markdown` prints."""
+    page = (PUBLISHED.parent / "benchmarks.md").read_text(encoding="utf-8")
+    printed = run("report", PUBLISHED / "kernels-h100.json", "--markdown").stdout
+    assert printed.startswith("| geometric mean |")
+    missing = [block for block in printed.strip().split("\n\n") if f"\n\n{block}\n\n" not in page]
+    assert not missing, "docs/benchmarks.md lacks:\n\n" + "\n\n".join(missing)
 
 
 def test_report_verb_prints_and_writes(report: dict[str, Any], tmp_path: Path) -> None:

@@ -117,14 +117,12 @@ def _refusals(results: list[Row]) -> dict[str, list[str]]:
 
 
 def markdown(report: Report) -> str:
-    """The tables and remarks for a page."""
+    """The tables for a page, then what was measured and the remarks."""
     blocks = []
     for grid in grids(report):
         rule = "|" + "---|" * len(grid.head)
         blocks.append("\n".join([_line(grid.head), rule, *map(_line, grid.lines)]))
-    if notes := remarks(report):
-        blocks.append("\n\n".join(notes))
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join([*blocks, f"Measured on {summary(report)}.", *remarks(report)]) + "\n"
 
 
 def _line(cells: list[str]) -> str:
@@ -145,12 +143,14 @@ def tables(report: Report) -> list[Table]:
 
 
 def summary(report: Report) -> str:
-    """One line of what was measured, and on what: GPU, versions, bandwidth, kernel."""
+    """One line of what was measured, and on what: GPU, versions, bandwidth, date, kernel."""
     where = report["environment"]
     words = [str(where.get("gpu") or "no GPU")]
     words += [f"{name} {where[name]}" for name in ("driver", "torch", "cuda", "flash_llm") if where.get(name)]
     if report.get("read_bandwidth"):
         words.append(f"reads {report['read_bandwidth'] * 1e-12:.2f} TB/s")
+    if where.get("date"):
+        words.append(where["date"])
     if kernel := where.get("kernel"):
         sources = sorted({row["kernel"] for row in report["results"] if "kernel" in row})
         words.append(f"{kernel} kernel" + (f" ({', '.join(sources)})" if sources else ""))
