@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from flash_llm import ops
 from flash_llm.bench import kernels, timing
+from flash_llm.bench import report as reports
 from flash_llm.bench.kernels import Settings, measure
 from flash_llm.bench.shapes import N_SWEEP
 from flash_llm.cli import app
@@ -148,6 +149,29 @@ def test_out_of_time_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch) -> Non
     report = measure(settings(time_limit=10), CountingMeter())
     assert [row["sparsity"] for row in report["results"]] == [0.5]
     assert report["not_measured"] == [{"rows": 48, "columns": 64, "sparsity": 0.8, "why": "the time limit of 10 s"}]
+
+
+def test_every_weight_is_on_disk_as_soon_as_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed loses nothing but the weight that it was at, and its report says what is missing."""
+
+    class Killed(BaseException):
+        pass
+
+    class MeterUntilKilled(CountingMeter):
+        def graph(self, run: Callable[[int], object], launches: int) -> float:
+            if len(self.launches) == 4:  # dense twice, and two weights
+                raise Killed
+            return super().graph(run, launches)
+
+    monkeypatch.setattr(timing, "CudaMeter", MeterUntilKilled)
+    words = ["--shapes", "48x64", "--sparsity", "0.5,0.7,0.9", "--n", "4", "--no-plot", "--out", str(tmp_path / "out")]
+    with pytest.raises(Killed):
+        CliRunner().invoke(app, ["bench", "kernels", *words])
+    report = reports.read(tmp_path / "out" / "kernels.json")
+    assert [row["sparsity"] for row in report["results"]] == [0.5, 0.7]
+    assert [mean["sparsity"] for mean in report["means"]] == [0.5, 0.7]
+    assert reports.remarks(report)[-1] == "Not measured: 48x64 at 90%, the run ended before."
+    assert len((tmp_path / "out" / "kernels.csv").read_text().splitlines()) == 3
 
 
 def test_out_of_memory_goes_on_with_the_next_shape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,7 @@ def kernels(
     Dense is F.linear or torch.mm(W, X^T), the quicker, in the same run. Times are medians of
     CUDA graphs that go through 400 MB of weights, more than an L2 cache holds; one takes some
     0.2 s at most. --n-sweep shows where the sparse kernel stops being worth it, in kernels-n.png.
+    Files in OUT are written anew whenever a weight has been measured.
 
     \b
     Examples:
@@ -109,7 +110,7 @@ def kernels(
     meter = CudaMeter()
     if out is not None:
         make_free(out, FILES)
-    measured = _measure(settings, meter)
+    measured = _measure(settings, meter, out)
     _print(measured)
     if out is not None:
         with_plot = can_plot() if plot is None else plot
@@ -293,17 +294,21 @@ def _check_plot(plot: bool | None, out: Path | None) -> None:
     require_plot()
 
 
-def _measure(settings: Settings, meter: object) -> Report:
+def _measure(settings: Settings, meter: object, out: Path | None) -> Report:
     from flash_llm.bench.kernels import measure
+    from flash_llm.bench.report import write
 
     with progress_bar(transient=True) as bar:
         task = bar.add_task("measuring", total=len(settings.shapes) * len(settings.sparsities))
-        return measure(
-            settings,
-            meter,  # type: ignore[arg-type]
-            command=_command(),
-            on_case=lambda case: bar.update(task, advance=1, description=case),
-        )
+
+        def on_change(report: Report) -> None:
+            last = report["results"][-1:]
+            done = [f"{row['rows']}x{row['columns']} at {row['sparsity']:.0%}" for row in last]
+            bar.update(task, advance=1, description=done[0] if done else "measuring")
+            if out is not None:
+                write(report, out, with_plots=False)
+
+        return measure(settings, meter, command=_command(), on_change=on_change)  # type: ignore[arg-type]
 
 
 def _print(report: Report) -> None:

@@ -35,6 +35,7 @@ MAX_ERROR = 1e-2
 """Relative error from which on a result is wrong and not just rounded: bfloat16's is near 2e-3."""
 
 _CHECKED_ROWS = 1024
+_ENDED = "the run ended before"
 Row = dict[str, Any]
 
 
@@ -75,52 +76,72 @@ class Settings:
 
 @dataclass
 class _Run:
-    """A run under way: what is fixed for all of its cases, and when it began."""
+    """A run under way: what is fixed for all of its cases, when it began, and the report so far."""
 
     settings: Settings
     meter: Meter
-    bandwidth: float
-    on_case: Callable[[str], None]
+    report: Row
+    on_change: Callable[[Row], None]
     begin: float = field(default_factory=time.monotonic)
 
     def late(self) -> bool:
         return time.monotonic() - self.begin > self.settings.time_limit
 
+    def measured(self, case: Row, rows: list[Row]) -> None:
+        """Takes a weight's rows into the report."""
+        self.report["results"] += rows
+        self.report["means"] = means(self.report["results"])
+        self.report["not_measured"].remove(case)
+        self.on_change(self.report)
+
+    def given_up(self, case: Row, why: str) -> None:
+        """Notes why a weight is not measured."""
+        case["why"] = why
+        self.on_change(self.report)
+
 
 def measure(
-    settings: Settings, meter: Meter, *, command: str = "", on_case: Callable[[str], None] = lambda case: None
+    settings: Settings,
+    meter: Meter,
+    *,
+    command: str = "",
+    on_change: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Measures all of ``settings``.
 
     Args:
         meter: times, on its own device.
         command: what the user typed, for the report.
-        on_case: is told each case, a weight's shape and sparsity, once it is measured.
+        on_change: is given the report so far whenever a weight has been measured, or given up.
 
     Returns:
         A JSON-ready report: ``environment``, ``read_bandwidth`` in bytes a second and how it was measured,
-        ``not_measured`` (each with the reason), ``means`` and ``results`` (see :func:`flash_llm.bench.report.means`).
+        ``not_measured`` (each with the reason; of a report so far, what is still to come too), ``means`` and
+        ``results`` (see :func:`flash_llm.bench.report.means`).
 
     Raises:
         KernelError: a kernel fails, or its result is wrong.
     """
     begin = time.monotonic()
     with torch.no_grad(), choice.using(settings.kernel):
-        run = _Run(settings, meter, meter.read_bandwidth(), on_case, begin)
-        results: list[Row] = []
-        not_measured: list[Row] = []
+        report = {
+            "environment": environment(command, meter.device) | {"kernel": settings.kernel},
+            "read_bandwidth": meter.read_bandwidth(),
+            "read_bandwidth_how": timing.READ_BANDWIDTH_HOW,
+            "not_measured": [
+                {"rows": rows, "columns": columns, "sparsity": sparsity, "why": _ENDED}
+                for rows, columns in settings.shapes
+                for sparsity in settings.sparsities
+            ],
+            "means": [],
+            "results": [],
+        }
+        run = _Run(settings, meter, report, on_change, begin)
         for shape in settings.shapes:
-            _shape(run, shape, results, not_measured)
+            _shape(run, shape)
             if meter.device.type == "cuda":
                 torch.cuda.empty_cache()
-    return {
-        "environment": environment(command, meter.device) | {"kernel": settings.kernel},
-        "read_bandwidth": run.bandwidth,
-        "read_bandwidth_how": timing.READ_BANDWIDTH_HOW,
-        "not_measured": not_measured,
-        "means": means(results),
-        "results": results,
-    }
+    return report
 
 
 def environment(command: str, device: torch.device) -> dict[str, Any]:
@@ -139,21 +160,22 @@ def environment(command: str, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _shape(run: _Run, shape: Shape, results: list[Row], not_measured: list[Row]) -> None:
-    """Adds a row for every sparsity and n, or why there is none."""
+def _shape(run: _Run, shape: Shape) -> None:
+    """Measures a row for every sparsity and n, or notes why there is none."""
     generator = torch.Generator(run.meter.device).manual_seed(0)
-    left = list(run.settings.sparsities)
+    left = [case for case in run.report["not_measured"] if (case["rows"], case["columns"]) == shape]
     why = f"the time limit of {run.settings.time_limit:g} s"
     try:
         if not run.late():
             xs = {n: _random((n, shape[1]), run, generator) for n in run.settings.ns}
             dense = _dense(run, shape, xs, generator)
             while left and not run.late():
-                results += _sparsity(run, shape, left[0], xs, dense, generator)
-                run.on_case(f"{shape[0]}x{shape[1]} at {left.pop(0):.0%}")
+                rows = _sparsity(run, shape, left[0]["sparsity"], xs, dense, generator)
+                run.measured(left.pop(0), rows)
     except torch.OutOfMemoryError:
         why = "out of GPU memory"
-    not_measured += [{"rows": shape[0], "columns": shape[1], "sparsity": sparsity, "why": why} for sparsity in left]
+    for case in left:
+        run.given_up(case, why)
 
 
 def _random(shape: Shape, run: _Run, generator: torch.Generator) -> Tensor:
@@ -212,7 +234,7 @@ def _sparse(run: _Run, weights: list[PackedWeight], x: Tensor, dense: Row, weigh
         "speedup": dense["dense_us"] / us,
         "bytes_moved": moved,
         "gigabytes_a_second": moved / us * 1e-3,
-        "bandwidth_share": moved / us * 1e6 / run.bandwidth,
+        "bandwidth_share": moved / us * 1e6 / run.report["read_bandwidth"],
         "bytes_an_element": packed.nbytes / (rows * columns),
         "relative_error": error,
         "tile_words": packed.tile_words,
