@@ -18,7 +18,7 @@ from flash_llm.tensor.layout import PACKET_VALUES
 from sparse_matrices import DTYPES, PATTERNS, sparse
 
 SIZES = (1, 2, 15, 16, 17, 63, 64, 65, 576, 1000, 1536, 4096, 11008)
-ROWS_OF_X = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 128, 129, 256, 257, 300)
+ROWS_OF_X = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 128, 129, 160, 192, 193, 256, 257, 300, 700)
 SPARSITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0)
 X_LAYOUTS = ("plain", "wide rows", "odd rows", "odd start", "transposed", "repeated", "overlapping")
 BIASES = ("none", "plain", "strided", "repeated")
@@ -134,13 +134,10 @@ def kernels_of(weight: PackedWeight, n: int, kernel: str = "native") -> set[tupl
     if n >= plan.UNPACK_FROM:
         return {("unpack.cu", (("BF16", int(bf16)), ("TILE_WORDS", weight.tile_words)))}
     packets = weight.values.numel() // PACKET_VALUES
-    plans = (
-        plan.spmm_plan(
-            stand_in(kernel), *weight.shape, packets, weight.max_packets, weight.tile_words, part, bf16
-        )
-        for part in {min(plan.MAX_N, n - first) for first in range(0, n, plan.MAX_N)}
+    chosen = plan.spmm_plan(
+        stand_in(kernel), *weight.shape, packets, weight.max_packets, weight.tile_words, n, bf16
     )  # fmt: skip
-    return {(chosen.source, chosen.defines) for chosen in plans}
+    return {(chosen.source, chosen.defines)}
 
 
 def compile_side_by_side(wanted: Iterable[tuple[str, tuple[tuple[str, int], ...], str]]) -> None:

@@ -31,7 +31,7 @@ class _SpmmParams(ctypes.Structure):
         ("x_stride", ctypes.c_longlong),
         *(
             (name, ctypes.c_int)
-            for name in ("rows", "columns", "n", "strips", "words", "tiles", "units", "column_bytes")
+            for name in ("rows", "columns", "n", "strips", "words", "tiles", "row_groups", "units", "column_bytes")
         ),
     )
 
@@ -57,8 +57,8 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     y = x.new_empty(flat.shape[0], rows)
     flat = _readable(flat)
     bias = None if bias is None else bias.contiguous()
-    for first in range(0, flat.shape[0], plan.MAX_N):
-        _spmm(flat[first : first + plan.MAX_N], weight, bias, y[first : first + plan.MAX_N])
+    if flat.shape[0]:
+        _spmm(flat, weight, bias, y)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -82,7 +82,7 @@ def unpack(weight: PackedWeight) -> Tensor:
 
 
 def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> None:
-    """y [n, M] = x [n, K] W^T + bias for n up to MAX_N."""
+    """y [n, M] = x [n, K] W^T + bias."""
     rows, columns = weight.shape
     device = weight.device.index
     strips, words, tiles = grid(rows, columns, weight.tile_words)
@@ -97,14 +97,15 @@ def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> No
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         partial.data_ptr(),
-        counters.arrivals(device, chosen.row_blocks),
+        counters.arrivals(device, chosen.counters),
         x.stride(0),
-        *(rows, columns, x.shape[0], strips, words, tiles, chosen.units, chosen.column_bytes),
+        *(rows, columns, x.shape[0], strips, words, tiles, chosen.row_groups, chosen.units, chosen.column_bytes),
     )
     kernel = launch.get(chosen.source, "spmm", chosen.defines, launch.architecture(device))
     argument: ctypes.Structure = params
     if chosen.source == "spmm_sm90.cu":
-        argument = _HopperParams(_x_map(x, dict(chosen.defines)["N_BLOCKS"] * 8), params)
+        defines = dict(chosen.defines)
+        argument = _HopperParams(_x_map(x, defines["N_BLOCKS"] * 8 // defines["CLUSTER"]), params)
     kernel.launch(argument, chosen.blocks, chosen.threads, chosen.shared, device, overlap=True)
 
 

@@ -1,21 +1,23 @@
 // The multiplying kernel for Hopper: X comes by the tensor copy engine, and from N = 32 on wgmma multiplies.
 //
-// Also compiled with STAGES, the pieces of X that are in flight or in use, REGISTERS of a multiplying thread, RESIDENT
-// blocks that are to share a multiprocessor, and WGMMA, 0 or 1. A warp of its own fetches the pieces; the others wait only
+// Blocks of a cluster each fetch a part of a piece of X and send it to all of them: with many rows of X, the pieces would
+// else be more bytes from L2 than it gives.
+//
+// Also compiled with STAGES, the pieces of X that are in flight or in use, REGISTERS of a multiplying thread, FETCH_REGISTERS
+// of a fetching one, RESIDENT blocks that are to share a multiprocessor, and WGMMA, 0 or 1. A warp of its own fetches the pieces; the others wait only
 // for the piece they need and tell when they are done with it, so that they may drift apart.
 #include "hopper.cuh"
 #include "spmm.cuh"
 
 struct Params {
-  TensorMap x;  // boxes of N_BLOCKS * 8 rows and 64 columns, swizzled by 128 bytes
+  TensorMap x;  // boxes of N_TILE / CLUSTER rows and 64 columns, swizzled by 128 bytes
   SpmmParams spmm;
 };
 
-constexpr int X_WORD = N_BLOCKS * 8 * WORD_COLUMNS * 2;  // bytes of X for one word
+constexpr int X_WORD = N_TILE * WORD_COLUMNS * 2;  // bytes of X for one word
 constexpr int X_STAGE = CHUNK_WORDS * X_WORD;
 constexpr int RING_ALIGN = 1024;                         // of a swizzled box
 constexpr int FETCH_THREADS = 128;                       // a warpgroup, since registers are dealt out by warpgroups
-constexpr int FETCH_REGISTERS = 32;
 
 // The ring of pieces of X, as one warp sees it. Each place has two barriers: the piece is there; all are done with it.
 struct Ring {
@@ -30,38 +32,57 @@ struct Ring {
   }
   DEVICE uint32_t piece() const { return stages + place * X_STAGE; }
   DEVICE void wait() const { barrier_wait(full + place * 8, parity); }
-  // Says that this warp is done with the piece before. `zero` is added to the address: it carries a dependency.
-  DEVICE void release_before(uint32_t zero) const {
-    barrier_arrive(empty + (place == 0 ? STAGES - 1 : place - 1) * 8 + zero);
+  // Says that this warp is done with the piece before, to all who write to that place: one lane for each block of the
+  // cluster. `zero` is added to the address: it carries a dependency.
+  DEVICE void release_before(uint32_t zero, int lane) const {
+    const uint32_t barrier = empty + (place == 0 ? STAGES - 1 : place - 1) * 8 + zero;
+    if constexpr (CLUSTER == 1) {
+      if (lane == 0) barrier_arrive(barrier);
+    } else {
+      if (lane < CLUSTER) barrier_arrive_at(barrier, lane);
+    }
   }
 };
 
 // One thread fetches all pieces of X that this block's tiles need, in order.
-DEVICE void fetch_x(const Params& p, Ring ring, int tile, int tiles) {
-  for (; tiles > 0; --tiles) {
+DEVICE void fetch_x(const Params& p, Ring ring, int job, int tile, int units) {
+  constexpr int ROWS = N_TILE / CLUSTER;
+  const int member = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0;
+  int n = Job(p.spmm, job, member).n + member * ROWS;
+  for (; units > 0; --units) {
     for (int part = 0; part < CHUNKS; ++part) {
       const int words = min(CHUNK_WORDS, TILE_WORDS - part * CHUNK_WORDS);
       const int first = (tile * TILE_WORDS + part * CHUNK_WORDS) * WORD_COLUMNS;
-      const uint32_t full = ring.full + ring.place * 8;
+      const uint32_t full = ring.full + ring.place * 8, piece = ring.piece() + member * ROWS * 128;
       barrier_wait(ring.empty + ring.place * 8, ring.parity ^ 1);
       barrier_expect(full, words * X_WORD);
-      for (int i = 0; i < words; ++i) copy_box(ring.piece() + i * X_WORD, &p.x, first + i * WORD_COLUMNS, 0, full);
+      for (int i = 0; i < words; ++i) {
+        if constexpr (CLUSTER == 1) {
+          copy_box(piece + i * X_WORD, &p.x, first + i * WORD_COLUMNS, n, full);
+        } else {
+          copy_box_to((1 << CLUSTER) - 1, piece + i * X_WORD, &p.x, first + i * WORD_COLUMNS, n, full);
+        }
+      }
       ring.advance();
     }
-    if (++tile == p.spmm.tiles) tile = 0;
+    if (++tile == p.spmm.tiles) {
+      tile = 0;
+      n = Job(p.spmm, ++job, member).n + member * ROWS;
+    }
   }
 }
 
 #if WGMMA
 // Multiplies words by their columns of X, asynchronously: the products of the word before are done when multiply returns.
+// `anew` begins new sums. (Setting them to zero instead would make the compiler keep two sets of registers.)
 struct Multiplier {
   uint64_t x;
 
   DEVICE void begin_piece(uint32_t piece) { x = swizzled_descriptor(piece); }
-  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[16], int i) const {
+  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[16], int i, bool anew) const {
     wgmma_fence();
 #pragma unroll
-    for (int s = 0; s < 4; ++s) wgmma(sum, a + 4 * s, x + ((i * X_WORD + s * 32) >> 4));
+    for (int s = 0; s < 4; ++s) wgmma(sum, a + 4 * s, x + ((i * X_WORD + s * 32) >> 4), s > 0 || !anew);
     wgmma_commit();
     wgmma_wait<1>();
   }
@@ -81,8 +102,9 @@ struct Multiplier {
 #pragma unroll
     for (int i = 0; i < LOADS; ++i) x[i] = piece + row * 128 + (((column + i * (8 / LOADS)) ^ (lane & 7)) << 4);
   }
-  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[16], int i) const {
+  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[16], int i, bool anew) const {
     uint32_t b[4];
+    if (anew) clear(sum);
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       if constexpr (N_BLOCKS == 1) {
@@ -101,33 +123,40 @@ struct Multiplier {
 };
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) spmm(const __grid_constant__ Params params) {
+extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) __cluster_dims__(CLUSTER, 1, 1)
+    spmm(const __grid_constant__ Params params) {
   extern __shared__ uint8_t memory[];
   const SpmmParams& p = params.spmm;
   launch_dependents();
   const int lane = threadIdx.x & 31;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
-  const int begin = first_unit(p, blockIdx.x), end = first_unit(p, blockIdx.x + 1);
+  const int cluster = blockIdx.x / CLUSTER;
+  const int begin = first_unit(p, cluster), end = first_unit(p, cluster + 1);
   if (begin == end) return;
-  int row_block = begin / p.tiles, tile = begin - row_block * p.tiles;
+  int job = begin / p.tiles, tile = begin - job * p.tiles;
 
   const uint32_t stages = (shared_address(memory) + RING_ALIGN - 1) & ~(RING_ALIGN - 1u);
   const uint32_t full = stages + STAGES * X_STAGE;
   Ring ring{stages, full, full + STAGES * 8, 0, 0};
-  if (threadIdx.x < 2 * STAGES) barrier_init(full + threadIdx.x * 8, threadIdx.x < STAGES ? 1 : WARPS);
+  if (threadIdx.x < 2 * STAGES) barrier_init(full + threadIdx.x * 8, threadIdx.x < STAGES ? 1 : WARPS * CLUSTER);
   barrier_init_done();
-  __syncthreads();
+  if constexpr (CLUSTER == 1) {
+    __syncthreads();
+  } else {
+    cluster_arrive();
+    cluster_wait();
+  }
   if (warp >= WARPS) {
     give_registers<FETCH_REGISTERS>();
     wait_dependencies();
-    if (threadIdx.x == THREADS) fetch_x(params, ring, tile, end - begin);
+    if (threadIdx.x == THREADS) fetch_x(params, ring, job, tile, end - begin);
     return;
   }
   take_registers<REGISTERS>();
 
   // The weights of the first tiles are on their way before X may be read.
   const uint32_t base = full + 128 + warp * p.column_bytes + lane * 4;
-  Cursor ahead{tile, row_block * WARPS + warp, end - begin};
+  Cursor ahead{tile, Job(p, job, CLUSTER > 1 ? blockIdx.x % CLUSTER : 0).row_block * WARPS + warp, end - begin};
   ahead.begin_strip(p, lane);
   uint32_t words[TILE_WORDS], later[TILE_WORDS];
   Packets<PACKETS_AHEAD, LIKELY_FULL> packets = {};
@@ -162,11 +191,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
         if (w < TILE_WORDS) {
           uint32_t a[16];
           expand_word(a, words[w], column);
-          multiplier.multiply(sum, a, i);
+          multiplier.multiply(sum, a, i, w == 0 && (tile == 0 || unit == begin));
           words[w] = later[w];
           later[w] = ahead.word(p, w);
           // Only now are all products of the piece before this one done.
-          if (i == 0 && lane == 0 && (c > 0 || unit > begin)) ring.release_before(products_done);
+          if (i == 0 && (c > 0 || unit > begin)) ring.release_before(products_done, lane);
           if (w == LOAD_AFTER) {
             packets.load(p.packets + next_offset, next_packet_rows(words, later), lane);  // of the next tile
             next_offset = __ldg(ahead.offset);
@@ -183,13 +212,17 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
 #pragma unroll
       for (int i = 0; i < ACCUMULATORS; ++i) asm volatile("" : "+f"(sum[i / 4][i % 4])::"memory");
 #endif
-      finish_row_block(p, sum, row_block, begin, end, warp, lane);
+      finish_job(p, sum, job, begin, end, warp, lane);
     }
     if (last_tile) {
       tile = 0;
-      ++row_block;
+      ++job;
     } else {
       ++tile;
     }
+  }
+  if constexpr (CLUSTER > 1) {  // no block may end while another still sends to it
+    cluster_arrive();
+    cluster_wait();
   }
 }
