@@ -46,13 +46,11 @@ def test_a_plan_fits_the_device_and_covers_the_matrix(
     reserved = 1024  # of each block, by CUDA itself
     assert resident * (chosen.shared + plan._STATIC_BYTES + reserved) <= device.shared_memory + reserved
 
-    cluster = defines["CLUSTER"]
-    assert (chosen.row_groups - 1) * warps * cluster < strips <= chosen.row_groups * warps * cluster
+    assert (chosen.row_blocks - 1) * warps < strips <= chosen.row_blocks * warps
     passes = -(-n // (8 * n_blocks))
-    assert chosen.units == passes * chosen.row_groups * tiles
-    assert chosen.counters == passes * chosen.row_groups * cluster
-    assert cluster <= chosen.blocks <= min(chosen.units * cluster, device.multiprocessors * resident)
-    assert chosen.blocks % cluster == 0
+    assert chosen.units == passes * chosen.row_blocks * tiles
+    assert chosen.counters == passes * chosen.row_blocks
+    assert 1 <= chosen.blocks <= min(chosen.units, device.multiprocessors * resident)
     assert n_blocks == 1 or 8 * n_blocks < 2 * n + 8, "no more blocks of n than are needed, in powers of two"
 
     assert defines["TILE_WORDS"] == tile_words
@@ -68,18 +66,17 @@ def test_a_plan_fits_the_device_and_covers_the_matrix(
 
 @settings(deadline=None, max_examples=100)
 @given(st.sampled_from(sorted(DEVICES)), weights(), st.integers(1, 600), st.floats(0, 1))
-def test_every_unit_has_one_cluster_and_every_cluster_knows_which(
+def test_every_unit_has_one_block_and_every_block_knows_which(
     name: str, weight: tuple[int, int, int, int, int], n: int, place: float
 ) -> None:
-    """The kernel's own arithmetic: where a cluster's units begin, and which cluster has a unit."""
+    """The kernel's own arithmetic: where a block's units begin, and which block has a unit."""
     chosen = plan.spmm_plan(DEVICES[name], *weight, n, False)
-    clusters = chosen.blocks // dict(chosen.defines)["CLUSTER"]
-    edges = [chosen.units * cluster // clusters for cluster in range(clusters + 1)]
+    edges = [chosen.units * block // chosen.blocks for block in range(chosen.blocks + 1)]
     assert (edges[0], edges[-1]) == (0, chosen.units)
-    assert all(begin < end for begin, end in pairwise(edges)), "every cluster has work"
+    assert all(begin < end for begin, end in pairwise(edges)), "every block has work"
     unit = min(int(place * chosen.units), chosen.units - 1)
-    cluster = ((unit + 1) * clusters - 1) // chosen.units
-    assert edges[cluster] <= unit < edges[cluster + 1]
+    block = ((unit + 1) * chosen.blocks - 1) // chosen.units
+    assert edges[block] <= unit < edges[block + 1]
 
 
 @pytest.mark.parametrize("n", [0, -1])

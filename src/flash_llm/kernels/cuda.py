@@ -31,7 +31,7 @@ class _SpmmParams(ctypes.Structure):
         ("x_stride", ctypes.c_longlong),
         *(
             (name, ctypes.c_int)
-            for name in ("rows", "columns", "n", "strips", "words", "tiles", "row_groups", "units", "column_bytes")
+            for name in ("rows", "columns", "n", "strips", "words", "tiles", "row_blocks", "units", "column_bytes")
         ),
     )
 
@@ -57,8 +57,9 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     y = x.new_empty(flat.shape[0], rows)
     flat = _readable(flat)
     bias = None if bias is None else bias.contiguous()
-    if flat.shape[0]:
-        _spmm(flat, weight, bias, y)
+    for some, result in zip(*(t.split(plan.rows_in_a_pass(columns)) for t in (flat, y)), strict=True):
+        if len(some):
+            _spmm(some, weight, bias, result)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -99,13 +100,12 @@ def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> No
         partial.data_ptr(),
         counters.arrivals(device, chosen.counters),
         x.stride(0),
-        *(rows, columns, x.shape[0], strips, words, tiles, chosen.row_groups, chosen.units, chosen.column_bytes),
+        *(rows, columns, x.shape[0], strips, words, tiles, chosen.row_blocks, chosen.units, chosen.column_bytes),
     )
     kernel = launch.get(chosen.source, "spmm", chosen.defines, launch.architecture(device))
     argument: ctypes.Structure = params
     if chosen.source == "spmm_sm90.cu":
-        defines = dict(chosen.defines)
-        argument = _HopperParams(_x_map(x, defines["N_BLOCKS"] * 8 // defines["CLUSTER"]), params)
+        argument = _HopperParams(_x_map(x, dict(chosen.defines)["N_BLOCKS"] * 8), params)
     kernel.launch(argument, chosen.blocks, chosen.threads, chosen.shared, device, overlap=True)
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from flash_llm.tensor.layout import LANES, PACKET_VALUES, WORD_COLUMNS, ceil_div, grid
 
+_PASS_BYTES = 24 << 20  # of x, which all of the weight passes by: so much stays in the L2 cache of an H100
+
 UNPACK_FROM = 1025
 """From as many rows on the weight is expanded into a workspace and multiplied densely."""
 
@@ -16,7 +18,7 @@ _FETCH_REGISTERS = 32
 _REGISTERS = 65536  # of a multiprocessor, on all of these architectures
 _STATIC_BYTES = 128
 _RING_EXTRA = 1024 + 128  # aligned by 1024, and its barriers
-_WIDE_ADDRESSES = 30  # registers
+_WIDE_ADDRESSES = 20  # registers
 _RING_BYTES = {1: 48 << 10, 2: 12 << 10, 3: 12 << 10}  # for pieces of X on Hopper, by blocks a multiprocessor
 _WIDE_WARPS = 8  # a block's multiplying warps from 65 rows of x on: two warpgroups, as registers allow
 _WIDE_EXTRA = 24  # rows of x that decoding costs as much as, besides the products
@@ -45,7 +47,7 @@ class SpmmPlan:
     threads: int
     shared: int
     units: int
-    row_groups: int
+    row_blocks: int
     counters: int
     column_bytes: int
     partial_floats: int
@@ -64,7 +66,6 @@ def spmm_plan(
     n_blocks: int | None = None,
     warps: int | None = None,
     resident: int | None = None,
-    cluster: int | None = None,
 ) -> SpmmPlan:
     """The sparse kernel's configuration for a packed [rows, columns] weight and x [n, columns].
 
@@ -75,7 +76,6 @@ def spmm_plan(
             far as shared memory allows.
         warps: a block's multiplying warps.
         resident: blocks that are to share a multiprocessor, 1 to 3.
-        cluster: blocks that share x, 1 or 2.
 
     Raises:
         ValueError: n is out of range.
@@ -102,16 +102,14 @@ def spmm_plan(
         fitting = (device.shared_memory - _STATIC_BYTES - ring) // column_bytes
         warps = max(4, min(_best_warps(hopper, n_blocks, tile_words), fitting // 4 * 4))
     row_blocks = ceil_div(strips, warps)
-    cluster = cluster or (2 if wide and row_blocks > 1 else 1)
-    row_groups = ceil_div(row_blocks, cluster)
-    jobs = row_groups * ceil_div(n, 8 * n_blocks)
+    jobs = row_blocks * ceil_div(n, 8 * n_blocks)
     units = jobs * tiles
-    blocks = min(device.multiprocessors * resident // cluster, units) * cluster
+    blocks = min(device.multiprocessors * resident, units)
     mean = int(packets / (strips * tiles * LANES))  # packets of a lane in a tile
     registers = multiplying_registers(warps, resident) if hopper else 0
     held = 10 if warps > 12 else max_packets  # that many warps have registers for no more
     if wide:  # sums, two words' A registers, two tiles' bitmaps and addresses come first
-        held = (registers - 4 * n_blocks - 32 - 2 * tile_words - _WIDE_ADDRESSES) // 4
+        held = (registers - 4 * n_blocks - 32 - 2 * tile_words - tile_words // 2 - _WIDE_ADDRESSES) // 4
     ahead = max(1, min(max_packets, mean + 3, held))
     defines = {
         "TILE_WORDS": tile_words,
@@ -121,7 +119,6 @@ def spmm_plan(
         "PACKETS_AHEAD": ahead,
         "LIKELY_FULL": max(1, min(mean - 2, ahead)),
         "WARPS": warps,
-        "CLUSTER": cluster,
         "BF16": int(bf16),
     }
     if hopper:
@@ -136,11 +133,16 @@ def spmm_plan(
         threads=(warps + (FETCH_WARPS if hopper else 0)) * LANES,
         shared=ring + warps * column_bytes,
         units=units,
-        row_groups=row_groups,
-        counters=jobs * cluster,
+        row_blocks=row_blocks,
+        counters=jobs,
         column_bytes=column_bytes,
         partial_floats=2 * blocks * n_blocks * 4 * warps * LANES,
     )
+
+
+def rows_in_a_pass(columns: int) -> int:
+    """Rows of x [n, columns] that one launch should take, of many."""
+    return max(256, _PASS_BYTES // (2 * columns) // 256 * 256)
 
 
 def _n_blocks(device: Device, n: int, column_bytes: int, hopper: bool) -> int:

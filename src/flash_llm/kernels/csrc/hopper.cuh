@@ -16,13 +16,6 @@ DEVICE void barrier_arrive(uint32_t barrier) {
 DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Arrives at the barrier that stands at the same place in another block of the cluster.
-DEVICE void barrier_arrive_at(uint32_t barrier, uint32_t block) {
-  asm volatile(
-      "{\n.reg .b32 theirs;\n"
-      "mapa.shared::cluster.u32 theirs, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [theirs];\n}" ::"r"(barrier), "r"(block) : "memory");
-}
 DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -42,18 +35,6 @@ DEVICE void copy_box(uint32_t target, const TensorMap* map, int column, int row,
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
       ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
-
-// The same to every block of the cluster that is in `blocks`, a bit a block; each block's barrier counts its own bytes.
-DEVICE void copy_box_to(uint16_t blocks, uint32_t target, const TensorMap* map, int column, int row, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3}], [%4], %5;"
-      ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks) : "memory");
-}
-
-// All threads of all blocks of the cluster that have not ended.
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // B in shared memory: rows of 128 bytes, 64 columns, 8 rows to a swizzled group of 1024 bytes.
 DEVICE uint64_t swizzled_descriptor(uint32_t address) {

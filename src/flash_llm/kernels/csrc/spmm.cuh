@@ -1,18 +1,17 @@
 // What the multiplying kernels share: how the work is dealt out, how a warp finds its tiles, and how sums are finished.
 //
 // Y[N, M] = X[N, K] W[M, K]^T + bias for a packed W. A block of WARPS warps works on as many strips of 16 rows side by
-// side, a row block, so that they share the same columns of X, which are streamed through shared memory; the CLUSTER
-// blocks of a cluster work on neighbouring row blocks in step and share them too. A job is a cluster's row blocks times
-// N_BLOCKS * 8 rows of X; the jobs of the first rows of X come first. The work of the whole product, in units of (job,
-// tile), is dealt out evenly to one block for each multiprocessor, in one contiguous range for each cluster. A job that
-// is shared by several clusters is summed by the last of them to finish, in a fixed order, so that the result is the
-// same at every run. docs/architecture.md says why.
+// side, a row block, so that they share the same columns of X, which are streamed through shared memory. A job is a row
+// block times N_TILE rows of X; the jobs of the first rows of X come first. The work of the whole product, in units of
+// (job, tile), is dealt out evenly to one block for each multiprocessor, in one contiguous range each. A job that is
+// shared by several blocks is summed by the last of them to finish, in a fixed order, so that the result is the same at
+// every run. docs/architecture.md says why.
 #pragma once
 #include "decode.cuh"
 
 // Compiled with TILE_WORDS, N_BLOCKS (of 8 rows of X), CHUNK_WORDS (columns of X that are streamed at a time, in words),
-// RAGGED (TILE_WORDS doesn't divide the words of a strip), PACKETS_AHEAD and LIKELY_FULL (see Packets), WARPS, CLUSTER
-// and BF16.
+// RAGGED (TILE_WORDS doesn't divide the words of a strip), PACKETS_AHEAD and LIKELY_FULL (see Packets), WARPS and
+// BF16.
 struct SpmmParams {
   const uint32_t* bitmap;
   const uint4* packets;
@@ -21,11 +20,11 @@ struct SpmmParams {
   const uint16_t* bias;  // or null
   uint16_t* y;
   float* partial;      // [2 * blocks][N_BLOCKS * 4][threads]: each block's share of the jobs it didn't do alone
-  uint32_t* arrivals;  // [jobs * CLUSTER], zero before and after
+  uint32_t* arrivals;  // [jobs], zero before and after
   long long x_stride;
   int rows, columns, n;
   int strips, words, tiles;  // words and tiles of a strip
-  int row_groups;            // row blocks / CLUSTER, rounded up
+  int row_blocks;
   int units;                 // jobs * tiles
   int column_bytes;          // shared memory of a warp
 };
@@ -35,14 +34,14 @@ constexpr int CHUNKS = (TILE_WORDS + CHUNK_WORDS - 1) / CHUNK_WORDS;  // of a ti
 constexpr int ACCUMULATORS = N_BLOCKS * 4;  // of a thread
 constexpr int N_TILE = N_BLOCKS * 8;
 
-// Which row block and which rows of X a job is for a block.
+// Which row block, and which rows of X, from row n on.
 struct Job {
   int row_block, n;
 
-  DEVICE Job(const SpmmParams& p, int job, int member) {
-    const int times = job / p.row_groups;
-    row_block = (job - times * p.row_groups) * CLUSTER + member;
-    n = times * N_TILE;
+  DEVICE Job(const SpmmParams& p, int job) {
+    const int before = job / p.row_blocks;
+    row_block = job - before * p.row_blocks;
+    n = before * N_TILE;
   }
 };
 
@@ -65,8 +64,8 @@ struct Cursor {
     bitmap += TILE_WORDS * LANES;
     if (++tile == p.tiles) {
       tile = 0;
-      strip += WARPS * CLUSTER;
-      if (strip >= p.row_groups * WARPS * CLUSTER) strip -= p.row_groups * WARPS * CLUSTER;  // the next rows of X
+      strip += WARPS;
+      if (strip >= p.row_blocks * WARPS) strip -= p.row_blocks * WARPS;  // again, for the next rows of X
       begin_strip(p, lane);
     }
   }
@@ -88,10 +87,9 @@ DEVICE PacketRows next_packet_rows(const uint32_t (&words)[TILE_WORDS], const ui
   return packet_rows(next);
 }
 
-DEVICE int clusters() { return gridDim.x / CLUSTER; }
-DEVICE int first_unit(const SpmmParams& p, int cluster) { return (int)((long long)p.units * cluster / clusters()); }
-DEVICE int cluster_of_unit(const SpmmParams& p, int unit) {
-  return (int)(((long long)(unit + 1) * clusters() - 1) / p.units);
+DEVICE int first_unit(const SpmmParams& p, int block) { return (int)((long long)p.units * block / gridDim.x); }
+DEVICE int block_of_unit(const SpmmParams& p, int unit) {
+  return (int)(((long long)(unit + 1) * gridDim.x - 1) / p.units);
 }
 
 DEVICE void clear(float (&sum)[N_BLOCKS][4]) {
@@ -118,65 +116,64 @@ DEVICE void write_strip(const SpmmParams& p, const float (&sum)[BLOCKS][4], int 
   }
 }
 
-DEVICE float* partial_slot(const SpmmParams& p, int cluster, int job, int member) {
-  const int slot = (2 * cluster + (first_unit(p, cluster) / p.tiles == job ? 0 : 1)) * CLUSTER + member;
+DEVICE float* partial_slot(const SpmmParams& p, int block, int job) {
+  const int slot = 2 * block + (first_unit(p, block) / p.tiles == job ? 0 : 1);
   return p.partial + (long long)slot * ACCUMULATORS * THREADS + threadIdx.x;
 }
 
-// Adds up what the clusters first to last left, in their order, and writes it. Several clusters' sums are asked for at a
-// time, and of many sums a part at a time.
-DEVICE void write_partials(const SpmmParams& p, int job, int member, int first, int last, int strip, int n, int lane) {
+// Adds up what the blocks first to last left, in their order, and writes it. Several blocks' sums are asked for at a time,
+// and of many sums a part at a time.
+DEVICE void write_partials(const SpmmParams& p, int job, int first, int last, int warp, int lane) {
   constexpr int BLOCKS = N_BLOCKS > 8 ? 4 : N_BLOCKS, PART = BLOCKS * 4;
   constexpr int AT_ONCE = PART > 16 ? 1 : 16 / PART;
+  const Job done(p, job);
+  const int strip = done.row_block * WARPS + warp;
 #pragma unroll 1
   for (int part = 0; part < ACCUMULATORS; part += PART) {
     float sum[BLOCKS][4] = {};
-    for (int cluster = first; cluster <= last; cluster += AT_ONCE) {
+    for (int block = first; block <= last; block += AT_ONCE) {
       float theirs[AT_ONCE][PART];
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k) {
-        const float* slot = partial_slot(p, min(cluster + k, last), job, member) + part * THREADS;
+        const float* slot = partial_slot(p, min(block + k, last), job) + part * THREADS;
 #pragma unroll
         for (int i = 0; i < PART; ++i) theirs[k][i] = __ldcg(slot + i * THREADS);
       }
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k) {
 #pragma unroll
-        for (int i = 0; i < PART; ++i) sum[i / 4][i % 4] += cluster + k <= last ? theirs[k][i] : 0.f;
+        for (int i = 0; i < PART; ++i) sum[i / 4][i % 4] += block + k <= last ? theirs[k][i] : 0.f;
       }
     }
-    if (strip < p.strips) write_strip(p, sum, strip, n + part / 4 * 8, lane);
+    if (strip < p.strips) write_strip(p, sum, strip, done.n + part / 4 * 8, lane);
   }
 }
 
-// Finishes a job that several clusters share: each leaves its sums, and the last to arrive adds them all up in the order
+// Finishes a job that several blocks share: each leaves its sums, and the last to arrive adds them all up in the order
 // of their columns and writes the result. Nobody waits for anybody.
-DEVICE void reduce_and_write(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], int job, int member, int warp, int lane) {
+DEVICE void reduce_and_write(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], int job, int warp, int lane) {
   __shared__ uint32_t arrived;
-  const int first = cluster_of_unit(p, job * p.tiles);
-  const int last = cluster_of_unit(p, job * p.tiles + p.tiles - 1);
-  float* mine = partial_slot(p, blockIdx.x / CLUSTER, job, member);
+  const int first = block_of_unit(p, job * p.tiles);
+  const int last = block_of_unit(p, job * p.tiles + p.tiles - 1);
+  float* mine = partial_slot(p, blockIdx.x, job);
 #pragma unroll
   for (int i = 0; i < ACCUMULATORS; ++i) __stcg(mine + i * THREADS, sum[i / 4][i % 4]);
   block_barrier(THREADS);
   // Release what the whole block wrote, acquire what the others did.
-  uint32_t* counter = p.arrivals + job * CLUSTER + member;
-  if (threadIdx.x == 0) arrived = atomic_add_acq_rel(counter, 1);
+  if (threadIdx.x == 0) arrived = atomic_add_acq_rel(p.arrivals + job, 1);
   block_barrier(THREADS);
   if (arrived != last - first) return;
-  if (threadIdx.x == 0) *counter = 0;  // ready for the next launch
-  const Job done(p, job, member);
-  write_partials(p, job, member, first, last, done.row_block * WARPS + warp, done.n, lane);
+  if (threadIdx.x == 0) p.arrivals[job] = 0;  // ready for the next launch
+  write_partials(p, job, first, last, warp, lane);
 }
 
 // At the end of a block's part of a job: writes its results, or leaves them to be summed.
 DEVICE void finish_job(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], int job, int begin, int end, int warp, int lane) {
-  const int member = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0;
   const bool alone = begin <= job * p.tiles && (job + 1) * p.tiles <= end;
   if (!alone) {
-    reduce_and_write(p, sum, job, member, warp, lane);
+    reduce_and_write(p, sum, job, warp, lane);
   } else {
-    const Job done(p, job, member);
+    const Job done(p, job);
     const int strip = done.row_block * WARPS + warp;
     if (strip < p.strips) write_strip(p, sum, strip, done.n, lane);
   }

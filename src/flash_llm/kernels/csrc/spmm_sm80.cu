@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) spmm(const __grid_const
   const int begin = first_unit(p, blockIdx.x), end = first_unit(p, blockIdx.x + 1);
   if (begin == end) return;
   int job = begin / p.tiles, tile = begin - job * p.tiles;
-  const Job begun(p, job, 0);
+  const Job begun(p, job);
 
   // The weights of the first tiles are on their way before X may be read.
   Cursor ahead{tile, begun.row_block * WARPS + warp, end - begin};
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) spmm(const __grid_const
       if (c + 1 < CHUNKS) {
         x_copy.start(p, stage ^ X_STAGE, (tile * TILE_WORDS + (c + 1) * CHUNK_WORDS) * WORD_COLUMNS);
       } else if (unit + 1 < end) {
-        if (last_tile) x_copy.begin_job(p, Job(p, job + 1, 0).n);
+        if (last_tile) x_copy.begin_job(p, Job(p, job + 1).n);
         x_copy.start(p, stage ^ X_STAGE, last_tile ? 0 : (tile + 1) * TILE_WORDS * WORD_COLUMNS);
       }
       const uint32_t x = x_lane + stage;
