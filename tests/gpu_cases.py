@@ -17,7 +17,7 @@ from flash_llm.kernels import build, choice, cuda, launch, plan
 from sparse_matrices import DTYPES, PATTERNS, sparse
 
 SIZES = (1, 2, 15, 16, 17, 63, 64, 65, 576, 1000, 1536, 4096, 11008)
-ROWS_OF_X = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 128, 129, 256, 257, 300)
+ROWS_OF_X = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 128, 129, 160, 192, 193, 256, 257, 300, 700)
 SPARSITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0)
 X_LAYOUTS = ("plain", "wide rows", "odd rows", "odd start", "transposed", "repeated", "overlapping")
 BIASES = ("none", "plain", "strided", "repeated")
@@ -124,8 +124,8 @@ def kernels_of(weight: PackedWeight, n: int) -> set[tuple[str, tuple[tuple[str, 
     if n >= plan.UNPACK_FROM:
         bf16 = weight.dtype == torch.bfloat16
         return {("unpack.cu", (("BF16", int(bf16)), ("TILE_WORDS", weight.tile_words)))}
-    parts = {min(plan.MAX_N, n - first) for first in range(0, n, plan.MAX_N)}
-    plans = [cuda.plan_for(weight, part) for part in parts]
+    a_pass = plan.rows_in_a_pass(weight.shape[1])
+    plans = [cuda.plan_for(weight, part) for part in {min(a_pass, n - first) for first in range(0, n, a_pass)}]
     return {(chosen.source, chosen.defines) for chosen in plans}
 
 

@@ -28,7 +28,7 @@ from gpu_cases import compile_side_by_side, kernels_of
 
 SHAPES = ((1, 1), (16, 64), (17, 65), (100, 1000), (576, 1536), (300, 2051))
 SPARSITIES = (0.0, 0.5, 0.7, 1.0)
-NS = (1, 9, 33, 64, 70)
+NS = (1, 9, 33, 64, 70, 150, 450)
 CASES = [*product((choice.AUTO, choice.PORTABLE_SMALL), SHAPES, SPARSITIES)]
 
 

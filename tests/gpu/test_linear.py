@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 KERNELS = (choice.AUTO, choice.PORTABLE_SMALL)
 EDGES = [
     *((rows, columns, 16) for rows in (1, 63, 576, 11008) for columns in (1, 63, 576, 11008)),
-    *((576, 1536, n) for n in (1, 8, 9, 64, 65, 256, 257, 300)),
+    *((576, 1536, n) for n in (1, 8, 9, 64, 65, 128, 129, 192, 256, 257, 300, 600)),
 ]
 CASES = [
     *(Case(choice.AUTO, *shape, 0.7, torch.float16, "even", "plain", "plain", 0) for shape in EDGES),
@@ -88,7 +88,7 @@ def test_whole_numbers_are_exact(case: Case) -> None:
     assert not len(wrong), f"{len(wrong)} of {y.numel()} are wrong, first {wrong[0].tolist()}"
 
 
-@pytest.mark.parametrize("n", [8, 16, 32, 64])
+@pytest.mark.parametrize("n", [8, 16, 32, 64, 128, 192, 256])
 @pytest.mark.parametrize("tile_words", TILE_WORDS)
 def test_every_tile_size(tile_words: int, n: int) -> None:
     """Also those that wouldn't be chosen: 47 words are whole tiles of none but 1."""

@@ -31,7 +31,7 @@ class _SpmmParams(ctypes.Structure):
         ("x_stride", ctypes.c_longlong),
         *(
             (name, ctypes.c_int)
-            for name in ("rows", "columns", "n", "strips", "words", "tiles", "units", "column_bytes")
+            for name in ("rows", "columns", "n", "strips", "words", "tiles", "row_blocks", "units", "column_bytes")
         ),
     )
 
@@ -57,8 +57,9 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     y = x.new_empty(flat.shape[0], rows)
     flat = _readable(flat)
     bias = None if bias is None else bias.contiguous()
-    for first in range(0, flat.shape[0], plan.MAX_N):
-        _spmm(flat[first : first + plan.MAX_N], weight, bias, y[first : first + plan.MAX_N])
+    for some, result in zip(*(t.split(plan.rows_in_a_pass(columns)) for t in (flat, y)), strict=True):
+        if len(some):
+            _spmm(some, weight, bias, result)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -82,7 +83,7 @@ def unpack(weight: PackedWeight) -> Tensor:
 
 
 def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> None:
-    """y [n, M] = x [n, K] W^T + bias for n up to MAX_N."""
+    """y [n, M] = x [n, K] W^T + bias."""
     rows, columns = weight.shape
     device = weight.device.index
     strips, words, tiles = grid(rows, columns, weight.tile_words)
@@ -94,9 +95,9 @@ def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> No
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         partial.data_ptr(),
-        counters.arrivals(device, chosen.row_blocks),
+        counters.arrivals(device, chosen.counters),
         x.stride(0),
-        *(rows, columns, x.shape[0], strips, words, tiles, chosen.units, chosen.column_bytes),
+        *(rows, columns, x.shape[0], strips, words, tiles, chosen.row_blocks, chosen.units, chosen.column_bytes),
     )
     kernel = launch.get(chosen.source, "spmm", chosen.defines, launch.architecture(device))
     argument: ctypes.Structure = params
@@ -129,11 +130,11 @@ def _x_map(x: Tensor, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
 
 def source_for(weight: PackedWeight, n: int) -> str:
     """The file in ``csrc`` of the kernel that a weight on a GPU takes for n rows of x, at least 1."""
-    return "unpack.cu" if n >= plan.UNPACK_FROM else plan_for(weight, min(n, plan.MAX_N)).source
+    return "unpack.cu" if n >= plan.UNPACK_FROM else plan_for(weight, n).source
 
 
 def plan_for(weight: PackedWeight, n: int) -> plan.SpmmPlan:
-    """How a weight on a GPU is multiplied by n rows of x, 1 to MAX_N, by the kernel that is in use."""
+    """How one launch of the kernel that is in use multiplies a weight on a GPU by n rows of x, at least 1."""
     packets, bf16 = weight.values.numel() // PACKET_VALUES, bool(_is_bf16(weight))
     numbers = (packets, weight.max_packets, weight.tile_words)
     return spmm_plan_cached(weight.device.index, *weight.shape, *numbers, n, bf16, choice.kernel())
