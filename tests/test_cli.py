@@ -33,6 +33,7 @@ VERBS = (
     "inspect",
     "verify",
     "plan",
+    "tune",
     "env",
 )
 

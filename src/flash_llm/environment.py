@@ -11,6 +11,7 @@ import subprocess
 from typing import Any
 
 from flash_llm import __version__
+from flash_llm.errors import FlashLLMError
 from flash_llm.kernels import choice
 
 PACKAGES = (
@@ -93,9 +94,21 @@ def _gpus() -> list[dict[str, Any]]:
             "compute_capability": f"{gpu.major}.{gpu.minor}",
             "memory_bytes": gpu.total_memory,
             "multiprocessors": gpu.multi_processor_count,
+            "tuned_plans": _tuned_plans(index),
         }
-        for gpu in properties
+        for index, gpu in enumerate(properties)
     ]
+
+
+def _tuned_plans(device: int) -> str:
+    """How many plans `flash-llm tune` has found for a GPU, and where they are."""
+    tuned = importlib.import_module("flash_llm.kernels.tuned")
+    file = tuned.path(device)
+    try:
+        count = len(tuned.read(file))
+    except FlashLLMError as error:
+        return f"can't be used: {error}"
+    return f"{count} in {file}" if count else "none"
 
 
 def _driver() -> str | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from devices import DEVICES
-from flash_llm.kernels import choice, cuda, plan
+from flash_llm.kernels import choice, cuda, plan, tuned
 
 WEIGHT = (4096, 4096, 4096 * 4096 // 32, 9, 5)  # rows, columns, packets, max_packets, tile_words
 
@@ -43,6 +43,7 @@ def test_the_portable_kernel_runs_on_hopper_too(monkeypatch: pytest.MonkeyPatch)
     """What a launch takes follows the switch at once, though plans are kept."""
     properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(tuned, "table", lambda device, kernel: {})
     cuda.device_properties.cache_clear()
     cuda.spmm_plan_cached.cache_clear()
 

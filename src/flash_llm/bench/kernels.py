@@ -27,7 +27,7 @@ from flash_llm.bench.shapes import Shape
 from flash_llm.bench.timing import Meter
 from flash_llm.environment import environment as machine
 from flash_llm.errors import KernelError
-from flash_llm.kernels import choice, cuda
+from flash_llm.kernels import choice, cuda, tuned
 from flash_llm.tensor import PackedWeight
 from flash_llm.tensor.layout import VALUE_DTYPES
 
@@ -125,7 +125,7 @@ def measure(
     begin = time.monotonic()
     with torch.no_grad(), choice.using(settings.kernel):
         report = {
-            "environment": environment(command, meter.device) | {"kernel": settings.kernel},
+            "environment": environment(command, meter.device) | _kernel(settings.kernel, meter.device),
             "read_bandwidth": meter.read_bandwidth(),
             "read_bandwidth_how": timing.READ_BANDWIDTH_HOW,
             "not_measured": [
@@ -142,6 +142,11 @@ def measure(
             if meter.device.type == "cuda":
                 torch.cuda.empty_cache()
     return report
+
+
+def _kernel(name: str, device: torch.device) -> dict[str, Any]:
+    """The kernel that is asked for, and how many of its plans `flash-llm tune` has chosen."""
+    return {"kernel": name, "tuned_plans": len(tuned.table(device.index, name)) if device.type == "cuda" else 0}
 
 
 def environment(command: str, device: torch.device) -> dict[str, Any]:
@@ -203,7 +208,7 @@ def _sparsity(
     weight = _random(shape, run, generator)
     weight.masked_fill_(torch.rand(shape, generator=generator, device=weight.device) < sparsity, 0)
     packed = PackedWeight.from_dense(weight)
-    weights = [packed] + [_clone(packed) for _ in range(timing.copies(packed.nbytes) - 1)]
+    weights = [packed] + [clone(packed) for _ in range(timing.copies(packed.nbytes) - 1)]
     rows: list[Row] = [
         {"rows": shape[0], "columns": shape[1], "sparsity": sparsity, "n": n, "dtype": _name(weight.dtype)}
         | _sparse(run, weights, x, dense[n], weight)
@@ -243,7 +248,7 @@ def _sparse(run: _Run, weights: list[PackedWeight], x: Tensor, dense: Row, weigh
     }
 
 
-def _clone(weight: PackedWeight) -> PackedWeight:
+def clone(weight: PackedWeight) -> PackedWeight:
     bitmap, values, offsets = (tensor.clone() for tensor in weight.tensors().values())
     return replace(weight, bitmap=bitmap, values=values, offsets=offsets)
 

@@ -154,6 +154,8 @@ def summary(report: Report) -> str:
     if kernel := where.get("kernel"):
         sources = sorted({row["kernel"] for row in report["results"] if "kernel" in row})
         words.append(f"{kernel} kernel" + (f" ({', '.join(sources)})" if sources else ""))
+    if where.get("tuned_plans"):
+        words.append(f"{where['tuned_plans']} tuned plans")
     return ", ".join(words)
 
 

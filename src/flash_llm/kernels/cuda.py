@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from flash_llm.kernels import choice, counters, launch, plan
+from flash_llm.kernels import choice, counters, launch, plan, tuned
 from flash_llm.tensor import PackedWeight
 from flash_llm.tensor.layout import LANES, PACKET_VALUES, WORD_COLUMNS, grid
 
@@ -82,12 +82,19 @@ def unpack(weight: PackedWeight) -> Tensor:
     return dense
 
 
-def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> None:
+def multiply(x: Tensor, weight: PackedWeight, chosen: plan.SpmmPlan) -> Tensor:
+    """x [n, K] W^T: [n, M], in one launch with a plan that was made for them: to measure plans."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    _spmm(_readable(x), weight, None, y, chosen)
+    return y
+
+
+def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, chosen: plan.SpmmPlan | None = None) -> None:
     """y [n, M] = x [n, K] W^T + bias."""
     rows, columns = weight.shape
     device = weight.device.index
     strips, words, tiles = grid(rows, columns, weight.tile_words)
-    chosen = plan_for(weight, x.shape[0])
+    chosen = chosen or plan_for(weight, x.shape[0])
     partial = torch.empty(chosen.partial_floats, dtype=torch.float32, device=x.device)
     params = _SpmmParams(
         *_pointers(weight),
@@ -152,9 +159,11 @@ def spmm_plan_cached(
     bf16: bool,
     kernel: str = choice.AUTO,
 ) -> plan.SpmmPlan:
-    """``plan.spmm_plan`` for a CUDA device, by its number, and one of ``choice.KERNELS``."""
+    """The plan for a CUDA device, by its number, and one of ``choice.KERNELS``: as tuned, if it was."""
     seen = choice.seen_as(device_properties(device), kernel)
-    return plan.spmm_plan(seen, rows, columns, packets, max_packets, tile_words, n, bf16)
+    return tuned.spmm_plan(
+        tuned.table(device, kernel), seen, (rows, columns, packets, max_packets, tile_words), n, bf16
+    )
 
 
 def _readable(x: Tensor) -> Tensor:
