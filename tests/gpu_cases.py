@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_llm import PackedWeight
-from flash_llm.kernels import build, cuda, launch, plan
-from flash_llm.tensor.layout import PACKET_VALUES
+from flash_llm.kernels import build, choice, cuda, launch, plan
 from sparse_matrices import DTYPES, PATTERNS, sparse
 
 SIZES = (1, 2, 15, 16, 17, 63, 64, 65, 576, 1000, 1536, 4096, 11008)
@@ -26,7 +25,7 @@ BIASES = ("none", "plain", "strided", "repeated")
 
 @dataclass(frozen=True)
 class Case:
-    """One multiplication. ``kernel`` "sm_80" is the kernel for every GPU, on whatever GPU there is."""
+    """One multiplication by a kernel of ``choice.KERNELS``."""
 
     kernel: str
     rows: int
@@ -109,35 +108,25 @@ def random_cases(count: int, kernel: str, seed: int = 0) -> list[Case]:
     return cases
 
 
-_device_properties = cuda.device_properties
-
-
-def stand_in(kernel: str) -> plan.Device:
-    """What the plans are to believe the GPU is: itself, or one that takes the kernel for every GPU."""
-    real = _device_properties(0)
-    return real if kernel == "native" else plan.Device((8, 0), real.multiprocessors, 101376)
-
-
 def compile_all(cases: Iterable[Case]) -> None:
     """Compiles the kernels that cases take, on all CPU cores, so that the tests find them in the cache."""
     wanted = set()
     arch = launch.architecture(0)
     for case in cases:
         weight = PackedWeight.from_dense(case.weight())
-        wanted |= {(*kernel, arch) for kernel in kernels_of(weight, case.n, case.kernel)}
+        with choice.using(case.kernel):
+            wanted |= {(*kernel, arch) for kernel in kernels_of(weight, case.n)}
     compile_side_by_side(wanted)
 
 
-def kernels_of(weight: PackedWeight, n: int, kernel: str = "native") -> set[tuple[str, tuple[tuple[str, int], ...]]]:
+def kernels_of(weight: PackedWeight, n: int) -> set[tuple[str, tuple[tuple[str, int], ...]]]:
     """(source, defines) of the kernels that a multiplication takes."""
-    bf16 = weight.dtype == torch.bfloat16
     if n >= plan.UNPACK_FROM:
+        bf16 = weight.dtype == torch.bfloat16
         return {("unpack.cu", (("BF16", int(bf16)), ("TILE_WORDS", weight.tile_words)))}
-    packets = weight.values.numel() // PACKET_VALUES
-    chosen = plan.spmm_plan(
-        stand_in(kernel), *weight.shape, packets, weight.max_packets, weight.tile_words, n, bf16
-    )  # fmt: skip
-    return {(chosen.source, chosen.defines)}
+    a_pass = plan.rows_in_a_pass(weight.shape[1])
+    plans = [cuda.plan_for(weight, part) for part in {min(a_pass, n - first) for first in range(0, n, a_pass)}]
+    return {(chosen.source, chosen.defines) for chosen in plans}
 
 
 def compile_side_by_side(wanted: Iterable[tuple[str, tuple[tuple[str, int], ...], str]]) -> None:

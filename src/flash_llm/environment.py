@@ -11,6 +11,7 @@ import subprocess
 from typing import Any
 
 from flash_llm import __version__
+from flash_llm.kernels import choice
 
 PACKAGES = (
     "torch",
@@ -32,7 +33,8 @@ def environment() -> dict[str, Any]:
 
     Returns:
         JSON-ready: ``python``, ``platform``, ``cpu``, ``packages`` (name to version, None where not installed),
-        ``cuda`` (what torch was built for, driver, NVRTC), ``gpus`` (a list), ``kernel_cache`` (a folder, or None).
+        ``cuda`` (what torch was built for, driver, NVRTC), ``gpus`` (a list), ``kernel_cache`` (a folder, or None),
+        ``kernel`` (which one is asked for: see ``kernels.choice``).
     """
     return {
         "python": platform.python_version(),
@@ -42,6 +44,7 @@ def environment() -> dict[str, Any]:
         "cuda": {"torch_built_for": _torch_cuda(), "driver": _driver(), "nvrtc": _nvrtc()},
         "gpus": _gpus(),
         "kernel_cache": _kernel_cache(),
+        "kernel": _kernel(),
     }
 
 
@@ -127,3 +130,10 @@ def _kernel_cache() -> str | None:
     except ImportError:
         return None
     return str(build.cache_dir())
+
+
+def _kernel() -> str:
+    try:
+        return choice.kernel()
+    except ValueError as error:
+        return f"can't be used: {error}"

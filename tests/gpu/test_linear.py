@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -12,20 +11,20 @@ from torch import Tensor
 
 import flash_llm
 from flash_llm import PackedWeight
-from flash_llm.kernels import counters, cuda, launch, plan
+from flash_llm.kernels import choice, counters, launch, plan
 from flash_llm.tensor.layout import TILE_WORDS
-from gpu_cases import BIASES, X_LAYOUTS, Case, compile_all, random_cases, stand_in
+from gpu_cases import BIASES, X_LAYOUTS, Case, compile_all, random_cases
 from sparse_matrices import DTYPES, sparse
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = ("native", "sm_80")
+KERNELS = (choice.AUTO, choice.PORTABLE_SMALL)
 EDGES = [
     *((rows, columns, 16) for rows in (1, 63, 576, 11008) for columns in (1, 63, 576, 11008)),
     *((576, 1536, n) for n in (1, 8, 9, 64, 65, 128, 129, 192, 256, 257, 300, 600)),
 ]
 CASES = [
-    *(Case("native", *shape, 0.7, torch.float16, "even", "plain", "plain", 0) for shape in EDGES),
+    *(Case(choice.AUTO, *shape, 0.7, torch.float16, "even", "plain", "plain", 0) for shape in EDGES),
     *(
         Case(kernel, 576, columns, 12, 0.6, torch.float16, "even", x_layout, "none", 1)
         for kernel, x_layout, columns in product(KERNELS, X_LAYOUTS, (576, 579))
@@ -34,8 +33,9 @@ CASES = [
         Case(kernel, 99, 576, 5, 0.6, torch.bfloat16, "even", "plain", bias, 2)
         for kernel, bias in product(KERNELS, BIASES)
     ),
-    *random_cases(260, "native"),
-    *random_cases(90, "sm_80", seed=1),
+    *random_cases(260, choice.AUTO),
+    *random_cases(60, choice.PORTABLE_SMALL, seed=1),
+    *random_cases(60, choice.PORTABLE, seed=2),
 ]
 
 
@@ -48,18 +48,10 @@ def kernels(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
-def full_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Dense products add up in float32, as ours do; and the plans are for the kernel that the case names."""
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense products add up in float32, as ours do."""
     for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_tf32"):
         monkeypatch.setattr(torch.backends.cuda.matmul, name, False)
-    yield
-    cuda.spmm_plan_cached.cache_clear()
-
-
-def use(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = stand_in(kernel)
-    monkeypatch.setattr(cuda, "device_properties", lambda _: device)
-    cuda.spmm_plan_cached.cache_clear()
 
 
 def exact(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,11 +60,11 @@ def exact(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_element_is_within_rounding(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_element_is_within_rounding(case: Case) -> None:
     """|y - ref| <= u |ref| + 2 K u32 |x| |w|^T: one rounding at the end, and K float32 additions, truncated."""
-    use(case.kernel, monkeypatch)
     dense, x, bias = case.weight(), case.x(), case.bias_vector()
-    y = flash_llm.linear(x, PackedWeight.from_dense(dense), bias)
+    with choice.using(case.kernel):
+        y = flash_llm.linear(x, PackedWeight.from_dense(dense), bias)
     assert y.shape == (case.n, case.rows)
     assert y.dtype == case.dtype
     expected = exact(x, dense, bias)
@@ -86,11 +78,11 @@ def test_every_element_is_within_rounding(case: Case, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.n < plan.UNPACK_FROM], ids=str)
-def test_whole_numbers_are_exact(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_numbers_are_exact(case: Case) -> None:
     """Sums of small whole numbers are exact in any order: an element that is lost or taken twice shows at any K."""
-    use(case.kernel, monkeypatch)
     dense, x, bias = case.whole_weight(), case.x(whole=True), case.bias_vector(whole=True)
-    y = flash_llm.linear(x, PackedWeight.from_dense(dense), bias)
+    with choice.using(case.kernel):
+        y = flash_llm.linear(x, PackedWeight.from_dense(dense), bias)
     expected = exact(x, dense, bias).float().to(case.dtype)
     wrong = (y != expected).nonzero()
     assert not len(wrong), f"{len(wrong)} of {y.numel()} are wrong, first {wrong[0].tolist()}"
@@ -112,7 +104,7 @@ def test_every_tile_size(tile_words: int, n: int) -> None:
 def test_not_a_number_and_infinity_stay_where_they_belong(
     kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(kernel, monkeypatch)
+    monkeypatch.setenv(choice.VARIABLE, kernel)
     dense = sparse(100, 200, 0.6, dtype, device="cuda")
     dense[3, 7], dense[50, 199], dense[99, 0] = float("nan"), float("inf"), float("-inf")
     x = torch.randn(5, 200, device="cuda").to(dtype)

@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from flash_llm.kernels import counters, launch, plan
+from flash_llm.kernels import choice, counters, launch, plan
 from flash_llm.tensor import PackedWeight
 from flash_llm.tensor.layout import LANES, PACKET_VALUES, WORD_COLUMNS, grid
 
@@ -87,10 +87,7 @@ def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> No
     rows, columns = weight.shape
     device = weight.device.index
     strips, words, tiles = grid(rows, columns, weight.tile_words)
-    packets = weight.values.numel() // PACKET_VALUES
-    chosen = spmm_plan_cached(
-        device, rows, columns, packets, weight.max_packets, weight.tile_words, x.shape[0], bool(_is_bf16(weight))
-    )
+    chosen = plan_for(weight, x.shape[0])
     partial = torch.empty(chosen.partial_floats, dtype=torch.float32, device=x.device)
     params = _SpmmParams(
         *_pointers(weight),
@@ -131,11 +128,33 @@ def _x_map(x: Tensor, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
     return (ctypes.c_uint64 * 16).from_buffer_copy(ctypes.string_at(tensor_map.getPtr(), 128))
 
 
+def source_for(weight: PackedWeight, n: int) -> str:
+    """The file in ``csrc`` of the kernel that a weight on a GPU takes for n rows of x, at least 1."""
+    return "unpack.cu" if n >= plan.UNPACK_FROM else plan_for(weight, n).source
+
+
+def plan_for(weight: PackedWeight, n: int) -> plan.SpmmPlan:
+    """How one launch of the kernel that is in use multiplies a weight on a GPU by n rows of x, at least 1."""
+    packets, bf16 = weight.values.numel() // PACKET_VALUES, bool(_is_bf16(weight))
+    numbers = (packets, weight.max_packets, weight.tile_words)
+    return spmm_plan_cached(weight.device.index, *weight.shape, *numbers, n, bf16, choice.kernel())
+
+
 @functools.lru_cache(maxsize=4096)
 def spmm_plan_cached(
-    device: int, rows: int, columns: int, packets: int, max_packets: int, tile_words: int, n: int, bf16: bool
+    device: int,
+    rows: int,
+    columns: int,
+    packets: int,
+    max_packets: int,
+    tile_words: int,
+    n: int,
+    bf16: bool,
+    kernel: str = choice.AUTO,
 ) -> plan.SpmmPlan:
-    return plan.spmm_plan(device_properties(device), rows, columns, packets, max_packets, tile_words, n, bf16)
+    """``plan.spmm_plan`` for a CUDA device, by its number, and one of ``choice.KERNELS``."""
+    seen = choice.seen_as(device_properties(device), kernel)
+    return plan.spmm_plan(seen, rows, columns, packets, max_packets, tile_words, n, bf16)
 
 
 def _readable(x: Tensor) -> Tensor:
