@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flash_llm.tensor.layout import LANES, PACKET_VALUES, WORD_COLUMNS, ceil_div, grid
+from flash_llm.tensor.layout import LANES, PACKET_VALUES, STRIP_ROWS, WORD_COLUMNS, ceil_div, grid
 
-_PASS_BYTES = 24 << 20  # of x, which all of the weight passes by: so much stays in the L2 cache of an H100
+_PASS_BYTES = 32 << 20  # of x, which all of the weight passes by: so much stays in the L2 cache of an H100
 
 UNPACK_FROM = 1025
 """From as many rows on the weight is expanded into a workspace and multiplied densely."""
@@ -21,7 +21,8 @@ _RING_EXTRA = 1024 + 128  # aligned by 1024, and its barriers
 _WIDE_ADDRESSES = 20  # registers
 _RING_BYTES = {1: 48 << 10, 2: 12 << 10, 3: 12 << 10}  # for pieces of X on Hopper, by blocks a multiprocessor
 _WIDE_WARPS = 8  # a block's multiplying warps from 65 rows of x on: two warpgroups, as registers allow
-_WIDE_EXTRA = 24  # rows of x that decoding costs as much as, besides the products
+_WIDE_PRODUCTS, _WIDE_DECODE = 32, 290  # cycles of a word for a block: for each block of 8 rows of x, and besides
+_ADDING_UP = 1  # words' time for each block of 8 rows of x: what adding up a shared job costs
 _LEAST_STAGES, _MOST_STAGES = 3, 6
 _SMALL = 700  # words of the weight a multiprocessor, up to which smaller blocks are thought of
 _CHUNK_WORDS = {True: {1: 4, 2: 4, 4: 2, 8: 2}, False: {1: 8, 2: 8, 4: 4, 8: 2}}  # Hopper or not; blocks of n
@@ -84,7 +85,7 @@ def spmm_plan(
         raise ValueError(f"n={n} rows of x: it takes at least 1")
     hopper = device.capability == (9, 0)
     column_bytes = (PACKET_VALUES * max(max_packets, 1) + 1) * 4 * LANES
-    n_blocks = n_blocks or _n_blocks(device, n, column_bytes, hopper)
+    n_blocks = n_blocks or _n_blocks(device, rows, columns, n, column_bytes)
     wide = n_blocks > 8
     if hopper and not wide and warps is None and resident is None:
         warps, resident = _small_blocks(device, rows, columns, tile_words, n_blocks)
@@ -105,6 +106,8 @@ def spmm_plan(
     jobs = row_blocks * ceil_div(n, 8 * n_blocks)
     units = jobs * tiles
     blocks = min(device.multiprocessors * resident, units)
+    if wide:
+        blocks, _ = _wide_shares(jobs, blocks, words, n_blocks)
     mean = int(packets / (strips * tiles * LANES))  # packets of a lane in a tile
     registers = multiplying_registers(warps, resident) if hopper else 0
     held = 10 if warps > 12 else max_packets  # that many warps have registers for no more
@@ -145,17 +148,38 @@ def rows_in_a_pass(columns: int) -> int:
     return max(256, _PASS_BYTES // (2 * columns) // 256 * 256)
 
 
-def _n_blocks(device: Device, n: int, column_bytes: int, hopper: bool) -> int:
+def _n_blocks(device: Device, rows: int, columns: int, n: int, column_bytes: int) -> int:
     """Blocks of 8 rows of x that one pass over the weight takes."""
     narrow = next((blocks for blocks in (1, 2, 4, 8) if n <= 8 * blocks), 8)
-    if n <= 64 or not hopper:
+    if n <= 64 or device.capability != (9, 0):
         return narrow
+
+    def cycles(blocks: int) -> float:
+        jobs = ceil_div(rows, STRIP_ROWS * _WIDE_WARPS) * ceil_div(n, 8 * blocks)
+        _, words = _wide_shares(jobs, device.multiprocessors, ceil_div(columns, WORD_COLUMNS), blocks)
+        return words * (_WIDE_PRODUCTS * blocks + _WIDE_DECODE)
+
     wide = [
         blocks
         for blocks in (32, 24, 16)
         if _wide_stages(device, blocks * 8 * WORD_COLUMNS * 2, _WIDE_WARPS * column_bytes) >= _LEAST_STAGES
     ]
-    return min(wide, key=lambda blocks: ceil_div(n, 8 * blocks) * (8 * blocks + _WIDE_EXTRA), default=narrow)
+    return min(wide, key=cycles, default=narrow)
+
+
+def _wide_shares(jobs: int, most: int, words: int, n_blocks: int) -> tuple[int, float]:
+    """Blocks that jobs of so many words are dealt out to, ``most`` at most, and about how many words' time that takes.
+
+    An even share for all leaves nobody idle, but most blocks then have a part of two jobs that they share with others,
+    and adding up many sums is slow. Some blocks less may have whole jobs, or all of them the same part of one.
+    """
+    adding = n_blocks * _ADDING_UP
+    rounds, parts = ceil_div(jobs, most), most // jobs
+    choices = {min(most, jobs * words): jobs * words / most + 2 * adding, ceil_div(jobs, rounds): float(rounds * words)}
+    if parts > 1:
+        choices[jobs * parts] = words / parts + adding
+    best = min(choices, key=lambda blocks: choices[blocks])
+    return best, choices[best]
 
 
 def _wide_stages(device: Device, stage: int, columns: int) -> int:

@@ -36,8 +36,6 @@ DEVICE PacketRows packet_rows(const uint32_t (&words)[WORDS]) {
 // FULL rows are expected to be full: then their loads need no thought. Other sparsities are slower, not wrong.
 template <int AHEAD, int FULL>
 struct Packets {
-  static constexpr int AT_ONCE = AHEAD < 4 ? AHEAD : 4;  // of those that are loaded when stored
-
   uint4 held[AHEAD];
   PacketRows rows;
   const uint4* tile;
@@ -67,19 +65,19 @@ struct Packets {
   }
 
   // Lanes without a packet in a row write what they happen to hold: behind their last value, where nobody reads.
-  DEVICE void store(uint32_t column, int lane) {
+  DEVICE void store(uint32_t column, int lane) const {
     uint32_t previous = 0;
 #pragma unroll
     for (int r = 0; r < AHEAD; ++r) {
       if (r < FULL || r < rows.most) store_packet(column, previous, held[r]);
     }
-    for (int r = AHEAD; r < rows.most; r += AT_ONCE) {
-#pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) load_row(held[k], r + k, rest, lane);
-#pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) {
-        if (k == 0 || r + k < rows.most) store_packet(column, previous, held[k]);
-      }
+    // One at a time. A packet that is loaded and then perhaps not stored would make the next load into its registers
+    // wait for whatever else is under way.
+    int row = rest;
+    for (int r = AHEAD; r < rows.most; ++r) {
+      uint4 packet = {};
+      load_row(packet, r, row, lane);
+      store_packet(column, previous, packet);
     }
     store_shared(column, previous >> 16);
   }
