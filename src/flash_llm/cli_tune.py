@@ -28,7 +28,7 @@ def tune(
         ),
     ] = None,
     sparsity: Annotated[str, typer.Option(help="Shares of zeros of random weights.")] = "0.5,0.6,0.7,0.8",
-    n: Annotated[str, typer.Option("--n", help="Rows of x, up to 256.")] = "8,16,32,64,128,192,256",
+    n: Annotated[str, typer.Option("--n", help="Rows of x, up to 1024.")] = "8,16,32,64,128,192,256",
     kernel: Annotated[
         str, typer.Option(envvar=choice.VARIABLE, help="The kernel to tune: see `flash-llm bench kernels`.")
     ] = choice.AUTO,

@@ -40,8 +40,8 @@ class Clock:
     def multiply(self, x: Tensor, weight: PackedWeight, chosen: plan.SpmmPlan) -> Tensor:
         self.last = tuned.choice_of(chosen)
         self.weights.add(weight.values.data_ptr())
-        assert chosen in self.compiled, "compiled ahead"
-        assert 8 * tuned.blocks_of_x(chosen) >= len(x)
+        kernels = {(plan.source, plan.defines) for plan in self.compiled}
+        assert (chosen.source, chosen.defines) in kernels, "compiled ahead"
         return reference.linear(x, weight, None) * (2 if self.last == self.wrong else 1)
 
     def read_bandwidth(self) -> float:
@@ -79,7 +79,7 @@ def test_the_quickest_plan_wins_and_the_row_is_one_that_plans_can_be_made_from()
     assert len(clock.weights) == 3, "copies are gone through in turn"
     weight = random_targets([(128, 192)], [0.6])[0].make(clock.device)
     numbers = (128, 192, weight.values.numel() // 8, weight.max_packets, weight.tile_words)
-    table = {tuple(row[name] for name in ("rows", "columns", "tile_words", "n_blocks")): (8, 1)}
+    table = {tuple(row[name] for name in tuned.PLACE): (8, 1)}
     assert tuned.choice_of(tuned.spmm_plan(table, H100, numbers, 5, False)) == (8, 1)
 
 
@@ -92,9 +92,21 @@ def test_the_usual_plan_stays_unless_another_is_clearly_quicker() -> None:
         assert row["usual"] == list(usual)
 
 
-def test_one_row_a_kernel_at_its_largest_n() -> None:
-    rows = rows_of(Clock({}), 1, 8, 16, 33, 64, 256)
-    assert [(row["n"], row["n_blocks"]) for row in rows] == [(8, 1), (16, 2), (64, 8), (256, 32)]
+def test_of_ns_that_a_plan_treats_alike_the_largest_is_measured() -> None:
+    rows = rows_of(Clock({}), 1, 8, 16, 33, 64)
+    assert [(row["n"], row["n_blocks"], row["passes"]) for row in rows] == [(8, 1, 1), (16, 2, 1), (64, 8, 1)]
+
+
+def test_rows_of_many_passes_are_told_apart() -> None:
+    """As many rows of x as one launch takes, of the kernel that takes 64 at a time."""
+    clock, a_launch = Clock({}), plan.rows_in_a_pass(40_000)
+    portable = Tuner(clock, DEVICES["A100"], "auto", clock.multiply, clock.compiled.append)
+    ((_, rows),) = portable.tune(random_targets([(16, 40_000)], [0.6]), [64, 128, 1000])
+    assert [(row["n"], row["n_blocks"], row["passes"]) for row in rows] == [
+        (64, 8, 1),
+        (128, 8, 2),
+        (a_launch, 8, a_launch // 64),
+    ]
 
 
 def test_weights_of_the_same_shape_and_tile_size_are_measured_once() -> None:
@@ -110,8 +122,8 @@ def test_a_wrong_plan_ends_the_run() -> None:
 
 
 def test_too_many_rows_of_x_are_refused() -> None:
-    with pytest.raises(ValueError, match="n 257: kernels multiply at most 256 rows"):
-        rows_of(Clock({}), 8, 257)
+    with pytest.raises(ValueError, match=f"n {plan.UNPACK_FROM}: .* product is torch's"):
+        rows_of(Clock({}), 8, plan.UNPACK_FROM)
 
 
 def test_no_target_is_begun_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:

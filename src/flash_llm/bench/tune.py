@@ -27,7 +27,7 @@ from flash_llm.checkpoint import folder_record, load_packed
 from flash_llm.errors import KernelError
 from flash_llm.folder import read_config
 from flash_llm.kernels import build, tuned
-from flash_llm.kernels.plan import Device, SpmmPlan
+from flash_llm.kernels.plan import UNPACK_FROM, Device, SpmmPlan, rows_in_a_pass
 from flash_llm.tensor import PackedWeight
 from flash_llm.tensor.dummy import random_packed
 from flash_llm.tensor.layout import PACKET_VALUES
@@ -35,9 +35,6 @@ from flash_llm.tensor.packed import parse_metadata
 from flash_llm.tensor.stack import stack
 
 Row = dict[str, Any]
-MOST_ROWS = 256
-"""Rows of x that a kernel multiplies at a time at most: more are the same kernel's work, several times."""
-
 GAIN = 0.02
 """By how much of its time a plan must beat the usual one to be taken: less is noise."""
 
@@ -131,20 +128,21 @@ class Tuner:
         """Measures the targets, one after the other, until time is up.
 
         Args:
-            ns: numbers of rows of x, up to MOST_ROWS.
+            ns: numbers of rows of x, below ``kernels.plan.UNPACK_FROM``. Of those that a plan treats alike the largest
+                is measured, and not more than one launch takes.
             time_limit: seconds after which no further target is begun.
 
         Yields:
             A target and its rows, as ``kernels.tuned.read`` gives them, with ``name``, ``n``, ``sparsity``, ``us``,
-            ``usual`` (warps, resident) and ``usual_us``: one for each kernel that the ns take, none for those that an
-            earlier target of the same shape and tile size has told of.
+            ``usual`` (warps, resident) and ``usual_us``; none where an earlier target of the same shape and tile size
+            has told.
 
         Raises:
             ValueError: too large an n.
             KernelError: a plan's result is wrong.
         """
-        if max(ns) > MOST_ROWS:
-            raise ValueError(f"n {max(ns)}: kernels multiply at most {MOST_ROWS} rows of x at a time; tune for those")
+        if max(ns) >= UNPACK_FROM:
+            raise ValueError(f"n {max(ns)}: from {UNPACK_FROM} rows of x on the product is torch's; give less")
         begin = time.monotonic()
         seen: set[tuned.Place] = set()
         for target in targets:
@@ -161,15 +159,15 @@ class Tuner:
         (rows, columns), packets = weight.shape, weight.values.numel() // PACKET_VALUES
         numbers = (rows, columns, packets, weight.max_packets, weight.tile_words)
         plans: dict[int, dict[tuned.Choice, SpmmPlan]] = {}
-        for n in sorted(ns, reverse=True):  # of all n of one kernel the largest
+        for n in sorted({min(n, rows_in_a_pass(columns)) for n in ns}, reverse=True):
             found = tuned.candidates(self.gpu, numbers, n, weight.dtype == torch.bfloat16)
-            place = (rows, columns, weight.tile_words, tuned.blocks_of_x(next(iter(found.values()))))
+            place = tuned.place_of(numbers, n, next(iter(found.values())))
             if place not in seen:
                 seen.add(place)
                 plans[n] = found
         self._compile(plan for found in plans.values() for plan in found.values())
         weights = [weight, *(clone(weight) for _ in range(timing.copies(weight.nbytes) - 1))] if plans else []
-        return [self._row(target, weights, n, found) for n, found in sorted(plans.items())]
+        return [self._row(target.name, weights, numbers, n, found) for n, found in sorted(plans.items())]
 
     def _compile(self, plans: Iterable[SpmmPlan]) -> None:
         """Side by side: the compiler is at work outside of Python."""
@@ -179,7 +177,14 @@ class Tuner:
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             list(threads.map(self.compile, wanted))
 
-    def _row(self, target: Target, weights: list[PackedWeight], n: int, plans: dict[tuned.Choice, SpmmPlan]) -> Row:
+    def _row(
+        self,
+        name: str,
+        weights: list[PackedWeight],
+        numbers: tuned.Weight,
+        n: int,
+        plans: dict[tuned.Choice, SpmmPlan],
+    ) -> Row:
         """The quickest of ``plans``, of which the first is the usual one."""
         weight = weights[0]
         generator = torch.Generator(self.meter.device).manual_seed(n)
@@ -188,21 +193,17 @@ class Tuner:
         expected = self.multiply(x, weight, plans[usual]).float()
         times: dict[tuned.Choice, float] = {}
         for choice, plan in plans.items():
-            _check(self.multiply(x, weight, plan), expected, f"{target.name}, n={n}, warps and blocks {choice}")
+            _check(self.multiply(x, weight, plan), expected, f"{name}, n={n}, warps and blocks {choice}")
             times[choice] = self._time(x, weights, plan)
         best = min(times, key=lambda choice: times[choice])
         if times[best] > (1 - GAIN) * times[usual]:
             best = usual
-        rows, columns = weight.shape
         return {
             "kernel": self.kernel,
-            "rows": rows,
-            "columns": columns,
-            "tile_words": weight.tile_words,
-            "n_blocks": tuned.blocks_of_x(plans[usual]),
+            **dict(zip(tuned.PLACE, tuned.place_of(numbers, n, plans[usual]), strict=True)),
             "warps": best[0],
             "resident": best[1],
-            "name": target.name,
+            "name": name,
             "n": n,
             "sparsity": weight.sparsity,
             "us": times[best],

@@ -1,8 +1,8 @@
 """Plans that ``flash-llm tune`` found quicker on this very GPU than those that ``plan.py`` expects to be quick.
 
-A table says for a weight's shape and tile size, and for the blocks of x that a launch takes, how many warps a block
-has and how many blocks share a multiprocessor. There is one file a GPU model and kernel source in the cache folder:
-other kernels, or another way of planning, and what was found before no longer counts.
+A table says for a weight's shape and tile size, of either dtype, and for the rows of x that are multiplied at a time,
+how many warps a block has and how many blocks share a multiprocessor. There is one file a GPU model and kernel source
+in the cache folder: other kernels, or another way of planning, and what was found before no longer counts.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 from flash_llm.errors import KernelError
 from flash_llm.files import write_json
 from flash_llm.kernels import build, plan
+from flash_llm.tensor.layout import ceil_div
 
-Place = tuple[int, int, int, int]
-"""(rows, columns, tile_words, N_BLOCKS)"""
+Place = tuple[int, int, int, int, int]
+"""(rows, columns, tile_words, N_BLOCKS, passes): what of a weight and x decides between plans; see :func:`place_of`"""
 Choice = tuple[int, int]
 """(warps, resident), as ``plan.spmm_plan`` takes them"""
 Weight = tuple[int, int, int, int, int]
@@ -31,7 +32,7 @@ Table = Mapping[Place, Choice]
 Row = dict[str, Any]
 
 CHOICES: tuple[Choice, ...] = ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2), (12, 1), (16, 1))
-_PLACE = ("rows", "columns", "tile_words", "n_blocks")
+PLACE = ("rows", "columns", "tile_words", "n_blocks", "passes")
 _CHOICE = ("warps", "resident")
 _RESERVED = 1024  # bytes of shared memory that CUDA keeps of each block's
 _NARROW = 8  # blocks of x up to which registers are never short
@@ -41,8 +42,7 @@ _OTHER_REGISTERS = 40  # than those for sums, without which the compiler refuses
 def spmm_plan(table: Table, device: plan.Device, weight: Weight, n: int, bf16: bool) -> plan.SpmmPlan:
     """``plan.spmm_plan`` of a device, a weight and x [n, columns], with the table's choice if it has one that fits."""
     usual = plan.spmm_plan(device, *weight, n, bf16)
-    rows, columns, _, _, tile_words = weight
-    choice = table.get((rows, columns, tile_words, blocks_of_x(usual)))
+    choice = table.get(place_of(weight, n, usual))
     return usual if choice is None else candidates(device, weight, n, bf16).get(choice, usual)
 
 
@@ -58,8 +58,14 @@ def candidates(device: plan.Device, weight: Weight, n: int, bf16: bool) -> dict[
     return found
 
 
+def place_of(weight: Weight, n: int, usual: plan.SpmmPlan) -> Place:
+    """Where a table has the choice for x [n, columns]: the same for all n that the usual plan treats alike."""
+    rows, columns, _, _, tile_words = weight
+    return rows, columns, tile_words, blocks_of_x(usual), ceil_div(n, 8 * blocks_of_x(usual))
+
+
 def blocks_of_x(chosen: plan.SpmmPlan) -> int:
-    """N_BLOCKS: rows of x that are multiplied at a time, over 8."""
+    """N_BLOCKS: rows of x that are multiplied in one pass over the weight, over 8."""
     return dict(chosen.defines)["N_BLOCKS"]
 
 
@@ -93,7 +99,7 @@ def table(device: int, kernel: str) -> Table:
         KernelError: the file is damaged.
     """
     return {
-        tuple(row[name] for name in _PLACE): (row["warps"], row["resident"])  # type: ignore[misc]
+        tuple(row[name] for name in PLACE): (row["warps"], row["resident"])  # type: ignore[misc]
         for row in read(path(device))
         if row["kernel"] == kernel
     }
@@ -108,7 +114,7 @@ def read(file: Path) -> list[Row]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))["plans"]
         for row in rows:
-            numbers = [row[name] for name in (*_PLACE, *_CHOICE)]
+            numbers = [row[name] for name in (*PLACE, *_CHOICE)]
             if any(type(number) is not int or number < 1 for number in numbers) or type(row["kernel"]) is not str:
                 raise ValueError(f"a plan is {row}")
     except FileNotFoundError:
@@ -128,7 +134,7 @@ def keep(rows: Iterable[Row], device: int) -> Path:
         KernelError: the file is damaged, or can't be written.
     """
     file = path(device)
-    merged = {(row["kernel"], *(row[name] for name in _PLACE)): row for row in [*read(file), *rows]}
+    merged = {(row["kernel"], *(row[name] for name in PLACE)): row for row in [*read(file), *rows]}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"gpu": torch.cuda.get_device_name(device), "plans": list(merged.values())})
