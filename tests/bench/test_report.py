@@ -63,6 +63,8 @@ def test_the_table_says_which_kernel_was_measured(report: dict[str, Any]) -> Non
         measured["kernel"] = "spmm_sm80.cu"
     assert "| geometric mean, portable kernel | 50% |" in reports.markdown(report)
     assert reports.summary(report).endswith("portable kernel (spmm_sm80.cu)")
+    report["environment"]["tuned_plans"] = 3
+    assert reports.summary(report).endswith("portable kernel (spmm_sm80.cu), 3 tuned plans")
 
 
 def test_markdown(report: dict[str, Any]) -> None:

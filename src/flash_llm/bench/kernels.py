@@ -249,6 +249,7 @@ def _sparse(run: _Run, weights: list[PackedWeight], x: Tensor, dense: Row, weigh
 
 
 def clone(weight: PackedWeight) -> PackedWeight:
+    """The same weight in memory of its own."""
     bitmap, values, offsets = (tensor.clone() for tensor in weight.tensors().values())
     return replace(weight, bitmap=bitmap, values=values, offsets=offsets)
 

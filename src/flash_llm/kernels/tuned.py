@@ -148,8 +148,8 @@ def keep(rows: Iterable[Row], device: int) -> Path:
 
 @functools.cache
 def _digest() -> str:
-    """Of what plans depend on: the kernels' sources, and how plans are made."""
+    """Of what plans depend on: the kernels' sources, how plans are made, and what a file says."""
     digest = hashlib.sha256()
-    for file in [*sorted(build.source_dir().glob("*.cu*")), Path(plan.__file__)]:
+    for file in [*sorted(build.source_dir().glob("*.cu*")), Path(plan.__file__), Path(__file__)]:
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:12]
