@@ -121,12 +121,17 @@ def compile_all(cases: Iterable[Case]) -> None:
 
 def kernels_of(weight: PackedWeight, n: int) -> set[tuple[str, tuple[tuple[str, int], ...]]]:
     """(source, defines) of the kernels that a multiplication takes."""
-    if n >= plan.UNPACK_FROM:
-        bf16 = weight.dtype == torch.bfloat16
-        return {("unpack.cu", (("BF16", int(bf16)), ("TILE_WORDS", weight.tile_words)))}
-    a_pass = plan.rows_in_a_pass(weight.shape[1])
+    if n >= plan.unpack_from(cuda.seen(weight.device.index)):
+        return {("unpack.cu", unpack_defines(weight))}
+    a_pass = plan.rows_in_a_pass(n, weight.shape[1])
     plans = [cuda.plan_for(weight, part) for part in {min(a_pass, n - first) for first in range(0, n, a_pass)}]
     return {(chosen.source, chosen.defines) for chosen in plans}
+
+
+def unpack_defines(weight: PackedWeight) -> tuple[tuple[str, int], ...]:
+    """How the kernel that expands a weight is compiled."""
+    numbers = (*weight.shape, weight.max_packets, weight.tile_words, weight.dtype == torch.bfloat16)
+    return plan.unpack_plan(cuda.device_properties(weight.device.index), *numbers).defines
 
 
 def compile_side_by_side(wanted: Iterable[tuple[str, tuple[tuple[str, int], ...], str]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -22,7 +23,10 @@ pytestmark = pytest.mark.gpu
 def kernels() -> None:
     """All unpacking kernels."""
     arch = launch.architecture(0)
-    defines = [(("BF16", bf16), ("TILE_WORDS", tile_words)) for bf16 in (0, 1) for tile_words in TILE_WORDS]
+    defines = [
+        (("ALIGNED", aligned), ("BF16", bf16), ("TILE_WORDS", tile_words))
+        for aligned, bf16, tile_words in product((0, 1), (0, 1), TILE_WORDS)
+    ]
     compile_side_by_side([("unpack.cu", define, arch) for define in defines])
 
 

@@ -17,7 +17,7 @@ from flash_llm.kernels import build
 pytest.importorskip("cuda.core", reason="cuda-core isn't installed: pip install 'flash-llm[cuda]'")
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings isn't installed: pip install 'flash-llm[cuda]'")
 
-UNPACK = ("unpack.cu", (("BF16", 0), ("TILE_WORDS", 1)), "sm_80")
+UNPACK = ("unpack.cu", (("ALIGNED", 1), ("BF16", 0), ("TILE_WORDS", 1)), "sm_80")
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from flash_llm.checkpoint import folder_record, load_packed
 from flash_llm.errors import KernelError
 from flash_llm.folder import read_config
 from flash_llm.kernels import build, tuned
-from flash_llm.kernels.plan import UNPACK_FROM, Device, SpmmPlan, rows_in_a_pass
+from flash_llm.kernels.plan import Device, SpmmPlan, rows_in_a_pass, unpack_from
 from flash_llm.tensor import PackedWeight
 from flash_llm.tensor.dummy import random_packed
 from flash_llm.tensor.layout import PACKET_VALUES
@@ -128,7 +128,7 @@ class Tuner:
         """Measures the targets, one after the other, until time is up.
 
         Args:
-            ns: numbers of rows of x, below ``kernels.plan.UNPACK_FROM``. Of those that a plan treats alike the largest
+            ns: numbers of rows of x, below ``kernels.plan.unpack_from``. Of those that a plan treats alike the largest
                 is measured, and not more than one launch takes.
             time_limit: seconds after which no further target is begun.
 
@@ -141,8 +141,8 @@ class Tuner:
             ValueError: too large an n.
             KernelError: a plan's result is wrong.
         """
-        if max(ns) >= UNPACK_FROM:
-            raise ValueError(f"n {max(ns)}: from {UNPACK_FROM} rows of x on the product is torch's; give less")
+        if max(ns) >= (most := unpack_from(self.gpu)):
+            raise ValueError(f"n {max(ns)}: from {most} rows of x on the product is torch's; give less")
         begin = time.monotonic()
         seen: set[tuned.Place] = set()
         for target in targets:
@@ -159,7 +159,7 @@ class Tuner:
         (rows, columns), packets = weight.shape, weight.values.numel() // PACKET_VALUES
         numbers = (rows, columns, packets, weight.max_packets, weight.tile_words)
         plans: dict[int, dict[tuned.Choice, SpmmPlan]] = {}
-        for n in sorted({min(n, rows_in_a_pass(columns)) for n in ns}, reverse=True):
+        for n in sorted({rows_in_a_pass(n, columns) for n in ns}, reverse=True):
             found = tuned.candidates(self.gpu, numbers, n, weight.dtype == torch.bfloat16)
             place = tuned.place_of(numbers, n, next(iter(found.values())))
             if place not in seen:

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from flash_llm.kernels import choice, counters, launch, plan, tuned
 from flash_llm.tensor import PackedWeight
-from flash_llm.tensor.layout import LANES, PACKET_VALUES, WORD_COLUMNS, grid
-
-_UNPACK_WARPS = 8
+from flash_llm.tensor.layout import PACKET_VALUES, WORD_COLUMNS, grid
 
 
 class _UnpackParams(ctypes.Structure):
@@ -52,12 +50,13 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x [..., K] times the transposed weight, plus bias: [..., M]."""
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
-    if flat.shape[0] >= plan.UNPACK_FROM:
+    if flat.shape[0] >= plan.unpack_from(seen(weight.device.index)):
         return torch.nn.functional.linear(x, unpack(weight), bias)
     y = x.new_empty(flat.shape[0], rows)
     flat = _readable(flat)
     bias = None if bias is None else bias.contiguous()
-    for some, result in zip(*(t.split(plan.rows_in_a_pass(columns)) for t in (flat, y)), strict=True):
+    a_pass = max(1, plan.rows_in_a_pass(flat.shape[0], columns))
+    for some, result in zip(flat.split(a_pass), y.split(a_pass), strict=True):
         if len(some):
             _spmm(some, weight, bias, result)
     return y.view(*x.shape[:-1], rows)
@@ -69,16 +68,14 @@ def unpack(weight: PackedWeight) -> Tensor:
     device = weight.device.index
     dense = torch.empty(rows, columns, dtype=weight.dtype, device=weight.device)
     strips, words, tiles = grid(rows, columns, weight.tile_words)
-    column_bytes = _column_bytes(weight)
-    params = _UnpackParams(
-        *_pointers(weight), dense.data_ptr(), rows, columns, words, tiles, strips * tiles, column_bytes
+    chosen = plan.unpack_plan(
+        device_properties(device), rows, columns, weight.max_packets, weight.tile_words, bool(_is_bf16(weight))
     )
-    defines = (("BF16", _is_bf16(weight)), ("TILE_WORDS", weight.tile_words))
-    kernel = launch.get("unpack.cu", "unpack", defines, launch.architecture(device))
-    shared = _UNPACK_WARPS * column_bytes
-    per_processor = max(1, min(8, device_properties(device).shared_memory // (shared + 1024)))
-    blocks = min(-(-strips * tiles // _UNPACK_WARPS), per_processor * device_properties(device).multiprocessors)
-    kernel.launch(params, blocks, _UNPACK_WARPS * LANES, shared, device)
+    params = _UnpackParams(
+        *_pointers(weight), dense.data_ptr(), rows, columns, words, tiles, strips * tiles, chosen.column_bytes
+    )
+    kernel = launch.get("unpack.cu", "unpack", chosen.defines, launch.architecture(device))
+    kernel.launch(params, chosen.blocks, chosen.threads, chosen.shared, device)
     return dense
 
 
@@ -137,7 +134,14 @@ def _x_map(x: Tensor, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
 
 def source_for(weight: PackedWeight, n: int) -> str:
     """The file in ``csrc`` of the kernel that a weight on a GPU takes for n rows of x, at least 1."""
-    return "unpack.cu" if n >= plan.UNPACK_FROM else plan_for(weight, n).source
+    if n >= plan.unpack_from(seen(weight.device.index)):
+        return "unpack.cu"
+    return plan_for(weight, plan.rows_in_a_pass(n, weight.shape[1])).source
+
+
+def seen(device: int) -> plan.Device:
+    """What plans take a CUDA device for, with the kernel that is in use."""
+    return choice.seen_as(device_properties(device), choice.kernel())
 
 
 def plan_for(weight: PackedWeight, n: int) -> plan.SpmmPlan:
@@ -178,10 +182,6 @@ def _readable(x: Tensor) -> Tensor:
 
 def _pointers(weight: PackedWeight) -> tuple[int, int, int]:
     return weight.bitmap.data_ptr(), weight.values.data_ptr(), weight.offsets.data_ptr()
-
-
-def _column_bytes(weight: PackedWeight) -> int:
-    return (PACKET_VALUES * max(weight.max_packets, 1) + 1) * 4 * LANES
 
 
 def _is_bf16(weight: PackedWeight) -> int:

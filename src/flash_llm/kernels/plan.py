@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from flash_llm.tensor.layout import LANES, PACKET_VALUES, STRIP_ROWS, WORD_COLUMNS, ceil_div, grid
 
-_PASS_BYTES = 32 << 20  # of x, which all of the weight passes by: so much stays in the L2 cache of an H100
-
-UNPACK_FROM = 1025
-"""From as many rows on the weight is expanded into a workspace and multiplied densely."""
+_PASS_BYTES = 24 << 20  # of x, which all of the weight passes by: so much stays in the L2 cache of an H100
+_UNPACK_FROM = {True: 4096, False: 257}  # rows of x; Hopper or not
+_UNPACK_WARPS = 8
+_UNPACK_STAGE = STRIP_ROWS * (2 * WORD_COLUMNS + 16)  # bytes of a warp, besides its columns
 
 FETCH_WARPS = 4
 """Warps of the Hopper kernel that fetch X: one does, but registers are dealt out by fours."""
@@ -18,7 +18,7 @@ _FETCH_REGISTERS = 32
 _REGISTERS = 65536  # of a multiprocessor, on all of these architectures
 _STATIC_BYTES = 128
 _RING_EXTRA = 1024 + 128  # aligned by 1024, and its barriers
-_WIDE_ADDRESSES = 20  # registers
+_WIDE_ADDRESSES = 22  # registers
 _RING_BYTES = {1: 48 << 10, 2: 12 << 10, 3: 12 << 10}  # for pieces of X on Hopper, by blocks a multiprocessor
 _WIDE_WARPS = 8  # a block's multiplying warps from 65 rows of x on: two warpgroups, as registers allow
 _WIDE_PRODUCTS, _WIDE_DECODE = 32, 290  # cycles of a word for a block: for each block of 8 rows of x, and besides
@@ -84,7 +84,7 @@ def spmm_plan(
     if n < 1:
         raise ValueError(f"n={n} rows of x: it takes at least 1")
     hopper = device.capability == (9, 0)
-    column_bytes = (PACKET_VALUES * max(max_packets, 1) + 1) * 4 * LANES
+    column_bytes = _column_bytes(max_packets)
     n_blocks = n_blocks or _n_blocks(device, rows, columns, n, column_bytes)
     wide = n_blocks > 8
     if hopper and not wide and warps is None and resident is None:
@@ -112,7 +112,7 @@ def spmm_plan(
     registers = multiplying_registers(warps, resident) if hopper else 0
     held = 10 if warps > 12 else max_packets  # that many warps have registers for no more
     if wide:  # sums, two words' A registers, two tiles' bitmaps and addresses come first
-        held = (registers - 4 * n_blocks - 32 - 2 * tile_words - tile_words // 2 - _WIDE_ADDRESSES) // 4
+        held = (registers - 4 * n_blocks - 32 - 2 * tile_words - tile_words * 3 // 4 - _WIDE_ADDRESSES) // 4
     ahead = max(1, min(max_packets, mean + 3, held))
     defines = {
         "TILE_WORDS": tile_words,
@@ -143,9 +143,49 @@ def spmm_plan(
     )
 
 
-def rows_in_a_pass(columns: int) -> int:
-    """Rows of x [n, columns] that one launch should take, of many."""
-    return max(256, _PASS_BYTES // (2 * columns) // 256 * 256)
+def rows_in_a_pass(n: int, columns: int) -> int:
+    """Rows of x [n, columns] that one launch takes: of many some, in equal parts, so that they stay in the L2 cache."""
+    if 2 * n * columns <= _PASS_BYTES * 4 // 3:
+        return n
+    passes = ceil_div(n, max(256, _PASS_BYTES // (2 * columns) // 256 * 256))
+    return ceil_div(n, 256 * passes) * 256
+
+
+def unpack_from(device: Device) -> int:
+    """From as many rows of x on the weight is expanded into a workspace and multiplied densely."""
+    return _UNPACK_FROM[device.capability == (9, 0)]
+
+
+@dataclass(frozen=True)
+class UnpackPlan:
+    """A configuration of the kernel that expands a weight."""
+
+    defines: tuple[tuple[str, int], ...]
+    blocks: int
+    threads: int
+    shared: int
+    column_bytes: int
+
+
+def unpack_plan(device: Device, rows: int, columns: int, max_packets: int, tile_words: int, bf16: bool) -> UnpackPlan:
+    """The configuration for a packed [rows, columns] weight whose lanes have ``max_packets`` in a tile at most."""
+    strips, _, tiles = grid(rows, columns, tile_words)
+    column_bytes = _column_bytes(max_packets)
+    a_warp = column_bytes + _UNPACK_STAGE
+    warps = min(_UNPACK_WARPS, (device.shared_memory - _STATIC_BYTES) // a_warp)
+    resident = max(1, min(8, device.shared_memory // (warps * a_warp + 1024)))
+    return UnpackPlan(
+        defines=(("ALIGNED", int(columns % 8 == 0)), ("BF16", int(bf16)), ("TILE_WORDS", tile_words)),
+        blocks=min(ceil_div(strips * tiles, warps), resident * device.multiprocessors),
+        threads=warps * LANES,
+        shared=warps * a_warp,
+        column_bytes=column_bytes,
+    )
+
+
+def _column_bytes(max_packets: int) -> int:
+    """Shared memory of a warp: its lanes' columns for a tile."""
+    return (PACKET_VALUES * max(max_packets, 1) + 1) * 4 * LANES
 
 
 def _n_blocks(device: Device, rows: int, columns: int, n: int, column_bytes: int) -> int:
