@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from flash_llm import PackedWeight
-from flash_llm.kernels import build, cuda, launch, plan
+from flash_llm.kernels import build, choice, cuda, launch, plan
 from flash_llm.tensor import ValueKind
 from sparse_matrices import DTYPES, PATTERNS, sparse
 
 SIZES = (1, 2, 15, 16, 17, 63, 64, 65, 576, 1000, 1536, 4096, 11008)
-ROWS_OF_X = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 128, 129, 256, 257, 300)
+ROWS_OF_X = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 128, 129, 160, 192, 193, 256, 257, 300, 700)
 SPARSITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0)
 X_LAYOUTS = ("plain", "wide rows", "odd rows", "odd start", "transposed", "repeated", "overlapping")
 BIASES = ("none", "plain", "strided", "repeated")
@@ -26,7 +26,7 @@ BIASES = ("none", "plain", "strided", "repeated")
 
 @dataclass(frozen=True)
 class Case:
-    """One multiplication. ``kernel`` "sm_80" is the kernel for every GPU, on whatever GPU there is."""
+    """One multiplication by a kernel of ``choice.KERNELS``."""
 
     kernel: str
     rows: int
@@ -63,7 +63,9 @@ class Case:
 
     def multiplied(self, weight: PackedWeight) -> Tensor:
         """What x is multiplied by: 8-bit values and scales unrounded, but where the weight is expanded."""
-        return weight.to_dense(torch.float32 if self.n < plan.UNPACK_FROM else None)
+        with choice.using(self.kernel):
+            expanded = self.n >= plan.unpack_from(cuda.seen(0))
+        return weight.to_dense(None if expanded else torch.float32)
 
     def x(self, whole: bool = False) -> Tensor:
         """[n, columns], with NaN in memory all around it."""
@@ -125,40 +127,30 @@ def random_cases(
     return cases
 
 
-_device_properties = cuda.device_properties
-
-
-def stand_in(kernel: str) -> plan.Device:
-    """What the plans are to believe the GPU is: itself, or one that takes the kernel for every GPU."""
-    real = _device_properties(0)
-    return real if kernel == "native" else plan.Device((8, 0), real.multiprocessors, 101376)
-
-
 def compile_all(cases: Iterable[Case]) -> None:
     """Compiles the kernels that cases take, on all CPU cores, so that the tests find them in the cache."""
     wanted = set()
     arch = launch.architecture(0)
     for case in cases:
         weight = case.packed()
-        wanted |= {(*kernel, arch) for kernel in kernels_of(weight, case.n, case.kernel)}
+        with choice.using(case.kernel):
+            wanted |= {(*kernel, arch) for kernel in kernels_of(weight, case.n)}
     compile_side_by_side(wanted)
 
 
-def kernels_of(weight: PackedWeight, n: int, kernel: str = "native") -> set[tuple[str, tuple[tuple[str, int], ...]]]:
+def kernels_of(weight: PackedWeight, n: int) -> set[tuple[str, tuple[tuple[str, int], ...]]]:
     """(source, defines) of the kernels that a multiplication takes."""
-    bf16 = weight.dtype == torch.bfloat16
-    if n >= plan.UNPACK_FROM:
-        defines = (("BF16", int(bf16)), ("TILE_WORDS", weight.tile_words), ("VALUES", weight.kind.code))
-        return {("unpack.cu", defines)}
-    packets = weight.values.numel() // weight.kind.packet_values
-    plans = (
-        plan.spmm_plan(
-            stand_in(kernel), *weight.shape, packets, weight.max_packets, weight.tile_words, part, bf16,
-            values=weight.kind,
-        )
-        for part in {min(plan.MAX_N, n - first) for first in range(0, n, plan.MAX_N)}
-    )  # fmt: skip
+    if n >= plan.unpack_from(cuda.seen(weight.device.index)):
+        return {("unpack.cu", unpack_defines(weight))}
+    a_pass = plan.rows_in_a_pass(n, weight.shape[1])
+    plans = [cuda.plan_for(weight, part) for part in {min(a_pass, n - first) for first in range(0, n, a_pass)}]
     return {(chosen.source, chosen.defines) for chosen in plans}
+
+
+def unpack_defines(weight: PackedWeight) -> tuple[tuple[str, int], ...]:
+    """How the kernel that expands a weight is compiled."""
+    numbers = (*weight.shape, weight.max_packets, weight.tile_words, weight.dtype == torch.bfloat16, weight.kind)
+    return plan.unpack_plan(cuda.device_properties(weight.device.index), *numbers).defines
 
 
 def compile_side_by_side(wanted: Iterable[tuple[str, tuple[tuple[str, int], ...], str]]) -> None:

@@ -33,6 +33,7 @@ VERBS = (
     "inspect",
     "verify",
     "plan",
+    "tune",
     "env",
 )
 
@@ -217,6 +218,12 @@ def test_env_describes_any_machine() -> None:
     assert report["packages"]["torch"] == torch.__version__
     assert len(report["gpus"]) == torch.cuda.device_count()
     assert torch.__version__ in run("env").stdout
+
+
+def test_env_says_which_kernel_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, said in (("", "auto"), ("portable", "portable"), ("fast", "can't be used: FLASH_LLM_KERNEL 'fast'")):
+        monkeypatch.setenv("FLASH_LLM_KERNEL", value)
+        assert json.loads(run("env", "--json").stdout)["kernel"].startswith(said)
 
 
 def copy(source: Path, target: Path) -> Path:

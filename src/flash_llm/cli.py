@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from flash_llm import cli_plan
+from flash_llm import cli_plan, cli_tune
 from flash_llm.bench import cli as bench
 from flash_llm.cli_compare import compare
 from flash_llm.cli_options import (
@@ -468,6 +468,7 @@ def verify(
 
 
 _verb(cli_plan.plan)
+_verb(cli_tune.tune)
 _verb(retrain)
 _verb(compare)
 

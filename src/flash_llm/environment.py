@@ -11,6 +11,8 @@ import subprocess
 from typing import Any
 
 from flash_llm import __version__
+from flash_llm.errors import FlashLLMError
+from flash_llm.kernels import choice
 
 PACKAGES = (
     "torch",
@@ -32,7 +34,8 @@ def environment() -> dict[str, Any]:
 
     Returns:
         JSON-ready: ``python``, ``platform``, ``cpu``, ``packages`` (name to version, None where not installed),
-        ``cuda`` (what torch was built for, driver, NVRTC), ``gpus`` (a list), ``kernel_cache`` (a folder, or None).
+        ``cuda`` (what torch was built for, driver, NVRTC), ``gpus`` (a list), ``kernel_cache`` (a folder, or None),
+        ``kernel`` (which one is asked for: see ``kernels.choice``).
     """
     return {
         "python": platform.python_version(),
@@ -42,6 +45,7 @@ def environment() -> dict[str, Any]:
         "cuda": {"torch_built_for": _torch_cuda(), "driver": _driver(), "nvrtc": _nvrtc()},
         "gpus": _gpus(),
         "kernel_cache": _kernel_cache(),
+        "kernel": _kernel(),
     }
 
 
@@ -90,9 +94,21 @@ def _gpus() -> list[dict[str, Any]]:
             "compute_capability": f"{gpu.major}.{gpu.minor}",
             "memory_bytes": gpu.total_memory,
             "multiprocessors": gpu.multi_processor_count,
+            "tuned_plans": _tuned_plans(index),
         }
-        for gpu in properties
+        for index, gpu in enumerate(properties)
     ]
+
+
+def _tuned_plans(device: int) -> str:
+    """How many plans `flash-llm tune` has found for a GPU, and where they are."""
+    tuned = importlib.import_module("flash_llm.kernels.tuned")
+    file = tuned.path(device)
+    try:
+        count = len(tuned.read(file))
+    except FlashLLMError as error:
+        return f"can't be used: {error}"
+    return f"{count} in {file}" if count else "none"
 
 
 def _driver() -> str | None:
@@ -127,3 +143,10 @@ def _kernel_cache() -> str | None:
     except ImportError:
         return None
     return str(build.cache_dir())
+
+
+def _kernel() -> str:
+    try:
+        return choice.kernel()
+    except ValueError as error:
+        return f"can't be used: {error}"

@@ -22,7 +22,7 @@ from flash_llm.tensor.layout import VALUE_DTYPES
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias with a packed W.
 
-    Accumulates in float32. From ``kernels.plan.UNPACK_FROM`` rows of x on the weight is expanded and torch multiplies,
+    Accumulates in float32. From ``kernels.plan.unpack_from`` rows of x on the weight is expanded and torch multiplies,
     with its own settings for that. Differentiable with respect to x and bias.
 
     Args:

@@ -13,9 +13,12 @@ from typer.testing import CliRunner
 
 from flash_llm import ops
 from flash_llm.bench import kernels, timing
+from flash_llm.bench import report as reports
 from flash_llm.bench.kernels import Settings, measure
+from flash_llm.bench.shapes import N_SWEEP
 from flash_llm.cli import app
 from flash_llm.errors import KernelError
+from flash_llm.kernels import choice
 
 pytestmark = pytest.mark.filterwarnings("ignore::flash_llm.SlowPathWarning")
 
@@ -82,6 +85,16 @@ def test_a_row_holds_what_was_measured() -> None:
     json.dumps(report, allow_nan=False)
 
 
+def test_the_kernel_that_is_asked_for_is_in_use_while_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, right = set(), ops.linear
+    monkeypatch.setattr(kernels.ops, "linear", lambda *given: used.add(choice.kernel()) or right(*given))
+    report = measure(settings(kernel="portable"), CountingMeter())
+    assert used == {"portable"}
+    assert choice.kernel() == "auto"
+    assert report["environment"]["kernel"] == "portable"
+    assert report["results"][0]["kernel"] == "reference"  # on a CPU
+
+
 def test_every_copy_has_its_turn() -> None:
     assert timing.copies(100_000_000) == 3  # as patched: 4 without
     assert timing.launches(3) == 8
@@ -89,6 +102,44 @@ def test_every_copy_has_its_turn() -> None:
     meter = CountingMeter()
     measure(settings(), meter)
     assert set(meter.launches) == {8}
+
+
+@pytest.mark.parametrize(
+    ("launches", "seconds", "expected"),
+    [
+        (8, 0.008, (8, 15)),  # a millisecond a launch: all of them
+        (1024, 0.003, (1024, 15)),
+        (8, 0.040, (2, 15)),  # 5 ms each
+        (8, 0.160, (1, 7)),  # 20 ms each
+        (8, 8.0, (1, 3)),  # 1 s each: a median all the same
+    ],
+)
+def test_long_launches_are_timed_less_often(launches: int, seconds: float, expected: tuple[int, int]) -> None:
+    count, replays = timing.fitting(launches, seconds)
+    assert (count, replays) == expected
+    if seconds / launches < 0.03:
+        assert count * (replays + 3) * seconds / launches <= timing.CASE_SECONDS * 1.01
+
+
+def test_the_error_is_that_of_the_whole_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_CHECKED_ROWS", 4)
+    x, weight = torch.randn(10, 8), torch.randn(6, 8)
+    y = x @ weight.t()
+    assert kernels.relative_error(y, x, weight) < 1e-6
+    y[9] = 0  # a row of the last piece, which is shorter
+    expected = float((x @ weight.t())[9].norm() / (x @ weight.t()).norm())
+    assert kernels.relative_error(y, x, weight) == pytest.approx(expected, rel=1e-4)
+    y[0, 0] = math.nan
+    assert math.isnan(kernels.relative_error(y, x, weight))
+    assert kernels.relative_error(torch.ones(4, 6), torch.zeros(4, 8), weight) == pytest.approx(24**0.5)
+
+
+def test_a_sweep_measures_every_n(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "CudaMeter", CountingMeter)
+    words = ["--n-sweep", "--shapes", "32x64", "--sparsity", "0.5", "--no-plot", "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, ["bench", "kernels", *words]).exit_code == 0
+    report = json.loads((tmp_path / "out" / "kernels.json").read_text())
+    assert [row["n"] for row in report["results"]] == list(N_SWEEP)
 
 
 def test_unchecked_results_say_so() -> None:
@@ -108,6 +159,29 @@ def test_out_of_time_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch) -> Non
     report = measure(settings(time_limit=10), CountingMeter())
     assert [row["sparsity"] for row in report["results"]] == [0.5]
     assert report["not_measured"] == [{"rows": 48, "columns": 64, "sparsity": 0.8, "why": "the time limit of 10 s"}]
+
+
+def test_every_weight_is_on_disk_as_soon_as_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed loses nothing but the weight that it was at, and its report says what is missing."""
+
+    class Killed(BaseException):
+        pass
+
+    class MeterUntilKilled(CountingMeter):
+        def graph(self, run: Callable[[int], object], launches: int) -> float:
+            if len(self.launches) == 4:  # dense twice, and two weights
+                raise Killed
+            return super().graph(run, launches)
+
+    monkeypatch.setattr(timing, "CudaMeter", MeterUntilKilled)
+    words = ["--shapes", "48x64", "--sparsity", "0.5,0.7,0.9", "--n", "4", "--no-plot", "--out", str(tmp_path / "out")]
+    with pytest.raises(Killed):
+        CliRunner().invoke(app, ["bench", "kernels", *words])
+    report = reports.read(tmp_path / "out" / "kernels.json")
+    assert [row["sparsity"] for row in report["results"]] == [0.5, 0.7]
+    assert [mean["sparsity"] for mean in report["means"]] == [0.5, 0.7]
+    assert reports.remarks(report)[-1] == "Not measured: 48x64 at 90%, the run ended before."
+    assert len((tmp_path / "out" / "kernels.csv").read_text().splitlines()) == 3
 
 
 def test_out_of_memory_goes_on_with_the_next_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,12 +242,27 @@ def test_bad_settings_are_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_command_on_a_gpu(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "kernel"), [("float16", "auto"), ("bfloat16", "portable")])
+def test_the_command_on_a_gpu(tmp_path: Path, dtype: str, kernel: str) -> None:
     words = ["bench", "kernels", "--shapes", "1024x2048", "--sparsity", "0.6", "--n", "1,16", "--peers"]
-    result = CliRunner().invoke(app, [*words, "--dtype", dtype, "--out", str(tmp_path / "out")])
+    options = ["--dtype", dtype, "--kernel", kernel, "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*words, *options])
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "kernels.json").read_text())
     assert [row["n"] for row in report["results"]] == [1, 16]
     assert all(row["us"] > 0 and row["dense_us"] > 0 and set(row["peers"]) for row in report["results"])
     assert report["environment"]["gpu"] == torch.cuda.get_device_name()
+    measured = {row["kernel"] for row in report["results"]}
+    assert len(measured) == 1
+    assert kernel == "auto" or measured == {"spmm_sm80.cu"}
+
+
+@pytest.mark.gpu
+def test_long_launches_on_a_gpu_are_few() -> None:
+    """512 products of 140 billion operations, replayed 18 times, would take seconds."""
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.float16)
+    calls: list[int] = []
+    us = timing.CudaMeter().graph(lambda i: (calls.append(i), torch.mm(a, a)), 512)
+    few = len(calls) - 1 - 512
+    assert 0 < few < 512, "one ahead, all of them once, and then as few as fit"
+    assert few * us * 1e-6 * (timing.REPLAYS + 3) < 1.5 * timing.CASE_SECONDS

@@ -15,7 +15,9 @@ import torch
 from typer.testing import CliRunner
 
 from flash_llm import plotting
+from flash_llm.bench import plots
 from flash_llm.bench import report as reports
+from flash_llm.bench.shapes import N_SWEEP
 from flash_llm.cli import app
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "docs" / "results"
@@ -54,6 +56,17 @@ def test_means_are_geometric(report: dict[str, Any]) -> None:
     assert "peers" not in means[0.5, 8]
 
 
+def test_the_table_says_which_kernel_was_measured(report: dict[str, Any]) -> None:
+    assert "| geometric mean | 50% |" in reports.markdown(report)
+    report["environment"]["kernel"] = "portable"
+    for measured in report["results"]:
+        measured["kernel"] = "spmm_sm80.cu"
+    assert "| geometric mean, portable kernel | 50% |" in reports.markdown(report)
+    assert reports.summary(report).endswith("portable kernel (spmm_sm80.cu)")
+    report["environment"]["tuned_plans"] = 3
+    assert reports.summary(report).endswith("portable kernel (spmm_sm80.cu), 3 tuned plans")
+
+
 def test_markdown(report: dict[str, Any]) -> None:
     assert (
         reports.markdown(report)
@@ -75,6 +88,8 @@ def test_markdown(report: dict[str, Any]) -> None:
 | 256x128, 1 | 1.00 (25%) | 3.00 (25%) |
 | 256x128, 8 | 2.00 (25%) | - |
 
+Measured on A GPU, torch 2.11, reads 3.00 TB/s.
+
 Relative error against float32: 2.0e-04 at most.
 
 2:4 and CSR refused 1 of 6: TypeError: no
@@ -86,7 +101,7 @@ Not measured: 8x8 at 50%, out of GPU memory.
 
 def test_files_hold_the_whole_report(report: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    paths = reports.write(report, tmp_path, with_plot=True)
+    paths = reports.write(report, tmp_path, with_plots=True)
     assert [path.name for path in paths] == ["kernels.json", "kernels.csv", "kernels.png"]
     assert sorted(tmp_path.iterdir()) == sorted(paths)
     assert reports.read(paths[0]) == report
@@ -100,10 +115,39 @@ def test_files_hold_the_whole_report(report: dict[str, Any], tmp_path: Path) -> 
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
+def test_many_ns_make_lines_and_few_make_bars(report: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report["results"] = [row(shape, 0.5, n, 3 / n) for shape in SHAPES for n in N_SWEEP]
+    assert [path.name for path in reports.write(report, tmp_path, with_plots=True)][2:] == ["kernels-n.png"]
+    report["results"] = [measured for measured in report["results"] if measured["n"] <= 4]
+    assert [path.name for path in reports.write(report, tmp_path, with_plots=True)][2:] == [
+        "kernels.png",
+        "kernels-n.png",
+    ]
+
+
+def test_lines_over_n_are_what_was_measured(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for dense and one a sparsity, above in microseconds and below as ratio to dense, in the order of n."""
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "png", lambda figure: drawn.append(figure) or b"")
+    report["results"] = [row(shape, s, n, s * n) for shape in SHAPES for s in (0.5, 0.9) for n in (64, 1, 8)]
+    plots.over_n(report)
+    panels = drawn[0].axes
+    assert len(panels) == 4
+    assert [panels[0].get_xscale(), panels[0].get_yscale(), panels[2].get_xscale()] == ["log"] * 3
+    lines = {line.get_label(): line for line in panels[0].lines}
+    assert list(lines) == ["dense", "50% zeros", "90% zeros"]
+    assert list(lines["90% zeros"].get_xdata()) == [1, 8, 64]
+    assert list(lines["90% zeros"].get_ydata()) == [10.0] * 3
+    ratios = {line.get_label(): list(line.get_ydata()) for line in panels[2].lines}
+    assert ratios["50% zeros"] == pytest.approx([0.5, 4.0, 32.0])
+
+
 def test_a_figure_that_is_no_number_is_never_written(report: dict[str, Any], tmp_path: Path) -> None:
     report["results"][0]["us"] = math.nan
     with pytest.raises(ValueError, match="JSON compliant"):
-        reports.write(report, tmp_path, with_plot=False)
+        reports.write(report, tmp_path, with_plots=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -111,10 +155,10 @@ def test_nothing_measured_is_a_report_too(report: dict[str, Any], tmp_path: Path
     report |= {"results": [], "means": []}
     assert "Not measured: 8x8" in reports.markdown(report)
     assert reports.csv_text(report) == "\n"
-    assert len(reports.write(report, tmp_path, with_plot=True)) == 2
+    assert len(reports.write(report, tmp_path, with_plots=True)) == 2
     if plotting.can_plot():
         with pytest.raises(ValueError, match="no results"):
-            reports.plot(report)
+            plots.speedups(report)
 
 
 @pytest.mark.parametrize("path", sorted(PUBLISHED.glob("kernels-*.json")), ids=lambda path: path.name)
@@ -124,10 +168,22 @@ def test_published_means_follow_from_their_results(path: Path) -> None:
         assert again == pytest.approx(mean)
 
 
+def test_published_tables_are_printed_and_not_typed() -> None:
+    """docs/benchmarks.md holds what `flash-llm bench report docs/results/kernels-h100.json --markdown` prints."""
+    page = (PUBLISHED.parent / "benchmarks.md").read_text(encoding="utf-8")
+    printed = run("report", PUBLISHED / "kernels-h100.json", "--markdown").stdout
+    assert printed.startswith("| geometric mean |")
+    missing = [block for block in printed.strip().split("\n\n") if f"\n\n{block}\n\n" not in page]
+    assert not missing, "docs/benchmarks.md lacks:\n\n" + "\n\n".join(missing)
+
+
 def test_report_verb_prints_and_writes(report: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "kernels.json"
     file.write_text(json.dumps(report))
     assert run("report", file, "--markdown").stdout == reports.markdown(report)
+    if plotting.can_plot():
+        assert run("report", file, "--plot-n", tmp_path / "n.png").exit_code == 0
+        assert (tmp_path / "n.png").read_bytes().startswith(b"\x89PNG")
     shown = run("report", file, "--csv", tmp_path / "again.csv").stdout
     assert "A GPU, torch 2.11, reads 3.00 TB/s" in shown
     assert "2.00 (25%)" in shown
@@ -158,6 +214,7 @@ def test_report_of_a_missing_file(tmp_path: Path) -> None:
         ("--sparsity", "1.5", "sparsity '1.5'"),
         ("--n", "0", "n '0'"),
         ("--time-limit", "0", "time limit 0"),
+        ("--kernel", "fast", "kernel 'fast'"),
     ],
 )
 def test_bad_options_are_one_line(option: str, value: str, words: str) -> None:
@@ -165,6 +222,11 @@ def test_bad_options_are_one_line(option: str, value: str, words: str) -> None:
     assert result.exit_code == 1
     assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_sweep_takes_no_other_ns() -> None:
+    result = run("kernels", "--n-sweep", "--n", "8")
+    assert (result.exit_code, result.stderr) == (1, "error: --n 8 and --n-sweep: give one of them\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flash_llm
 from flash_llm import PackedWeight, ops
-from flash_llm.kernels import cuda, launch
+from flash_llm.kernels import choice, launch
 from flash_llm.tensor import ValueKind
-from gpu_cases import compile_side_by_side, kernels_of, stand_in
+from gpu_cases import compile_side_by_side, kernels_of
 
 SHAPES = ((1, 1), (16, 64), (17, 65), (100, 1000), (576, 1536), (300, 2051))
 SPARSITIES = (0.0, 0.5, 0.7, 1.0)
-NS = (1, 9, 33, 64, 70)
-CASES = [*product(("native", "sm_80"), SHAPES, SPARSITIES, ValueKind)]
+NS = (1, 9, 33, 64, 70, 150, 450)
+CASES = [*product((choice.AUTO, choice.PORTABLE_SMALL), SHAPES, SPARSITIES, ValueKind)]
 
 
 def matrix(rows: int, columns: int, sparsity: float, kernel: str) -> torch.Tensor:
@@ -66,7 +66,8 @@ def compile_all() -> None:
     wanted = set()
     for kernel, (rows, columns), sparsity, values in CASES:
         weight = packed(matrix(rows, columns, sparsity, kernel), values)
-        wanted |= {(*found, arch) for n in (*NS, 999) for found in kernels_of(weight, n, kernel)}
+        with choice.using(kernel):
+            wanted |= {(*found, arch) for n in (*NS, 999) for found in kernels_of(weight, n)}
     compile_side_by_side(wanted)
 
 
@@ -75,11 +76,9 @@ def main() -> int:
         compile_all()
     bad = 0
     for kernel, (rows, columns), sparsity, values in CASES:
-        device = stand_in(kernel)
-        cuda.device_properties = lambda _, device=device: device  # type: ignore[assignment]
-        cuda.spmm_plan_cached.cache_clear()
         dense = matrix(rows, columns, sparsity, kernel)
-        found = wrong(dense, packed(dense, values))
+        with choice.using(kernel):
+            found = wrong(dense, packed(dense, values))
         bad += found
         what = f"{rows} x {columns}, {sparsity:.0%} zeros, {values.value}"
         print(f"{kernel}: {what}: {found or 'none'} wrong", flush=True)

@@ -24,8 +24,10 @@ pytestmark = pytest.mark.gpu
 def kernels() -> None:
     """All unpacking kernels."""
     arch = launch.architecture(0)
-    choices = product((0, 1), TILE_WORDS, ValueKind)
-    defines = [(("BF16", bf16), ("TILE_WORDS", words), ("VALUES", kind.code)) for bf16, words, kind in choices]
+    defines = [
+        (("ALIGNED", aligned), ("BF16", bf16), ("TILE_WORDS", tile_words), ("VALUES", kind.code))
+        for aligned, bf16, tile_words, kind in product((0, 1), (0, 1), TILE_WORDS, ValueKind)
+    ]
     compile_side_by_side([("unpack.cu", define, arch) for define in defines])
 
 

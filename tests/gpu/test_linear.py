@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
@@ -13,22 +12,22 @@ from torch import Tensor
 
 import flash_llm
 from flash_llm import PackedWeight
-from flash_llm.kernels import counters, cuda, launch, plan
+from flash_llm.kernels import choice, counters, launch
 from flash_llm.tensor import ValueKind
 from flash_llm.tensor.layout import TILE_WORDS
-from gpu_cases import BIASES, X_LAYOUTS, Case, compile_all, random_cases, stand_in
+from gpu_cases import BIASES, X_LAYOUTS, Case, compile_all, random_cases
 from sparse_matrices import DTYPES, sparse
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = ("native", "sm_80")
+KERNELS = (choice.AUTO, choice.PORTABLE_SMALL)
 QUANTISED = (ValueKind.E4M3, ValueKind.INT8)
 EDGES = [
     *((rows, columns, 16) for rows in (1, 63, 576, 11008) for columns in (1, 63, 576, 11008)),
-    *((576, 1536, n) for n in (1, 8, 9, 64, 65, 256, 257, 300)),
+    *((576, 1536, n) for n in (1, 8, 9, 64, 65, 128, 129, 192, 256, 257, 300, 600)),
 ]
 CASES = [
-    *(Case("native", *shape, 0.7, torch.float16, "even", "plain", "plain", 0) for shape in EDGES),
+    *(Case(choice.AUTO, *shape, 0.7, torch.float16, "even", "plain", "plain", 0) for shape in EDGES),
     *(
         Case(kernel, 576, columns, 12, 0.6, torch.float16, "even", x_layout, "none", 1)
         for kernel, x_layout, columns in product(KERNELS, X_LAYOUTS, (576, 579))
@@ -37,10 +36,11 @@ CASES = [
         Case(kernel, 99, 576, 5, 0.6, torch.bfloat16, "even", "plain", bias, 2)
         for kernel, bias in product(KERNELS, BIASES)
     ),
-    *random_cases(260, "native"),
-    *random_cases(90, "sm_80", seed=1),
-    *random_cases(150, "native", seed=2, values=QUANTISED),
-    *random_cases(90, "sm_80", seed=3, values=QUANTISED),
+    *random_cases(260, choice.AUTO),
+    *random_cases(60, choice.PORTABLE_SMALL, seed=1),
+    *random_cases(60, choice.PORTABLE, seed=2),
+    *random_cases(150, choice.AUTO, seed=3, values=QUANTISED),
+    *random_cases(90, choice.PORTABLE_SMALL, seed=4, values=QUANTISED),
 ]
 
 
@@ -53,18 +53,10 @@ def kernels(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
-def full_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Dense products add up in float32, as ours do; and the plans are for the kernel that the case names."""
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense products add up in float32, as ours do."""
     for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction", "allow_tf32"):
         monkeypatch.setattr(torch.backends.cuda.matmul, name, False)
-    yield
-    cuda.spmm_plan_cached.cache_clear()
-
-
-def use(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = stand_in(kernel)
-    monkeypatch.setattr(cuda, "device_properties", lambda _: device)
-    cuda.spmm_plan_cached.cache_clear()
 
 
 def exact(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,12 +65,12 @@ def exact(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_element_is_within_rounding(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_element_is_within_rounding(case: Case) -> None:
     """|y - ref| <= u |ref| + 2 K u32 |x| |w|^T: one rounding at the end, and K float32 additions, truncated."""
-    use(case.kernel, monkeypatch)
     weight, x, bias = case.packed(), case.x(), case.bias_vector()
     dense = case.multiplied(weight)
-    y = flash_llm.linear(x, weight, bias)
+    with choice.using(case.kernel):
+        y = flash_llm.linear(x, weight, bias)
     assert y.shape == (case.n, case.rows)
     assert y.dtype == case.dtype
     expected = exact(x, dense, bias)
@@ -91,20 +83,20 @@ def test_every_element_is_within_rounding(case: Case, monkeypatch: pytest.Monkey
     assert bool((error <= bound).all()), f"y[{row}, {column}] is {y[row, column]}, not {expected[row, column]}"
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.n < plan.UNPACK_FROM], ids=str)
-def test_whole_numbers_are_exact(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", [case for case in CASES if case.n < 257], ids=str)
+def test_whole_numbers_are_exact(case: Case) -> None:
     """Sums of small whole numbers are exact in any order: an element that is lost or taken twice shows at any K."""
-    use(case.kernel, monkeypatch)
     weight, x, bias = case.packed(whole=True), case.x(whole=True), case.bias_vector(whole=True)
     dense = case.whole_weight()
-    y = flash_llm.linear(x, weight, bias)
+    with choice.using(case.kernel):
+        y = flash_llm.linear(x, weight, bias)
     expected = exact(x, dense, bias).float().to(case.dtype)
     wrong = (y != expected).nonzero()
     assert not len(wrong), f"{len(wrong)} of {y.numel()} are wrong, first {wrong[0].tolist()}"
 
 
 @pytest.mark.parametrize("values", ValueKind, ids=lambda kind: kind.value)
-@pytest.mark.parametrize("n", [8, 16, 32, 64])
+@pytest.mark.parametrize("n", [8, 16, 32, 64, 128, 192, 256])
 @pytest.mark.parametrize("tile_words", TILE_WORDS)
 def test_every_tile_size(tile_words: int, n: int, values: ValueKind) -> None:
     """Also those that wouldn't be chosen: 47 words are whole tiles of none but 1."""
@@ -119,11 +111,8 @@ def test_every_tile_size(tile_words: int, n: int, values: ValueKind) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("values", QUANTISED, ids=lambda kind: kind.value)
-def test_every_8_bit_number_is_multiplied_exactly(
-    values: ValueKind, dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_8_bit_number_is_multiplied_exactly(values: ValueKind, dtype: torch.dtype, kernel: str) -> None:
     """All of them, by rows of x that pick out a column each; and scales far from 1."""
-    use(kernel, monkeypatch)
     numbers = torch.arange(256, dtype=torch.uint8).view(values.dtype).float().nan_to_num(0.0).clamp(-values.largest)
     scales = 2.0 ** torch.tensor([-20.0, -6.0, 0.0, 3.0]).repeat(8)
     dense = (numbers.repeat(32, 1) * scales[:, None]).cuda()
@@ -132,7 +121,9 @@ def test_every_8_bit_number_is_multiplied_exactly(
     weight = replace(weight, scales=scales.cuda(), checksum=None)
     for columns in torch.arange(256).split(64):
         x = torch.nn.functional.one_hot(columns, 256).to(dtype).cuda()
-        assert torch.equal(flash_llm.linear(x, weight), dense.T[columns].to(dtype))
+        with choice.using(kernel):
+            y = flash_llm.linear(x, weight)
+        assert torch.equal(y, dense.T[columns].to(dtype))
 
 
 @pytest.mark.parametrize("values", QUANTISED, ids=lambda kind: kind.value)
@@ -148,7 +139,7 @@ def test_8_bit_values_give_the_same_bits_every_time(values: ValueKind) -> None:
 def test_not_a_number_and_infinity_stay_where_they_belong(
     kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(kernel, monkeypatch)
+    monkeypatch.setenv(choice.VARIABLE, kernel)
     dense = sparse(100, 200, 0.6, dtype, device="cuda")
     dense[3, 7], dense[50, 199], dense[99, 0] = float("nan"), float("inf"), float("-inf")
     x = torch.randn(5, 200, device="cuda").to(dtype)

@@ -17,7 +17,7 @@ from flash_llm.kernels import build
 pytest.importorskip("cuda.core", reason="cuda-core isn't installed: pip install 'flash-llm[cuda]'")
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings isn't installed: pip install 'flash-llm[cuda]'")
 
-UNPACK = ("unpack.cu", (("BF16", 0), ("TILE_WORDS", 1), ("VALUES", 0)), "sm_80")
+UNPACK = ("unpack.cu", (("ALIGNED", 1), ("BF16", 0), ("TILE_WORDS", 1), ("VALUES", 0)), "sm_80")
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_binary_is_of_one_source_one_configuration_one_architecture_and_one_co
 ) -> None:
     names = {build._digest.__wrapped__(*UNPACK)}
     names.add(build._digest.__wrapped__("spmm_sm80.cu", *UNPACK[1:]))
-    names.add(build._digest.__wrapped__(UNPACK[0], (("BF16", 1), ("TILE_WORDS", 1), ("VALUES", 0)), "sm_80"))
+    names.add(build._digest.__wrapped__(UNPACK[0], (("BF16", 1), ("TILE_WORDS", 1)), "sm_80"))
     names.add(build._digest.__wrapped__(*UNPACK[:2], "sm_86"))
     sources = tmp_path / "csrc"
     sources.mkdir()

@@ -29,7 +29,7 @@ def weights(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.sampled_from(sorted(DEVICES)), weights(), st.integers(1, plan.MAX_N), st.booleans())
+@given(st.sampled_from(sorted(DEVICES)), weights(), st.integers(1, 600), st.booleans())
 def test_a_plan_fits_the_device_and_covers_the_matrix(
     name: str, weight: tuple[int, int, int, int, int], n: int, bf16: bool
 ) -> None:
@@ -48,9 +48,10 @@ def test_a_plan_fits_the_device_and_covers_the_matrix(
     assert resident * (chosen.shared + plan._STATIC_BYTES + reserved) <= device.shared_memory + reserved
 
     assert (chosen.row_blocks - 1) * warps < strips <= chosen.row_blocks * warps
-    assert chosen.units == chosen.row_blocks * tiles
+    passes = -(-n // (8 * n_blocks))
+    assert chosen.units == passes * chosen.row_blocks * tiles
+    assert chosen.counters == passes * chosen.row_blocks
     assert 1 <= chosen.blocks <= min(chosen.units, device.multiprocessors * resident)
-    assert 8 * n_blocks >= n
     assert n_blocks == 1 or 8 * n_blocks < 2 * n + 8, "no more blocks of n than are needed, in powers of two"
 
     assert defines["TILE_WORDS"] == tile_words
@@ -78,7 +79,7 @@ def test_8_bit_values_take_half_the_packets_and_the_same_columns(values: ValueKi
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.sampled_from(sorted(DEVICES)), weights(), st.integers(1, plan.MAX_N), st.floats(0, 1))
+@given(st.sampled_from(sorted(DEVICES)), weights(), st.integers(1, 600), st.floats(0, 1))
 def test_every_unit_has_one_block_and_every_block_knows_which(
     name: str, weight: tuple[int, int, int, int, int], n: int, place: float
 ) -> None:
@@ -92,9 +93,9 @@ def test_every_unit_has_one_block_and_every_block_knows_which(
     assert edges[block] <= unit < edges[block + 1]
 
 
-@pytest.mark.parametrize("n", [0, -1, plan.MAX_N + 1, 10_000])
-def test_more_rows_of_x_than_a_launch_takes_are_refused(n: int) -> None:
-    with pytest.raises(ValueError, match=rf"n={n}.*1 to {plan.MAX_N}"):
+@pytest.mark.parametrize("n", [0, -1])
+def test_no_rows_of_x_are_refused(n: int) -> None:
+    with pytest.raises(ValueError, match=rf"n={n}.*at least 1"):
         plan.spmm_plan(DEVICES["H100"], 128, 128, 64, 2, 2, n, False)
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from flash_llm.cli_options import Values
 from flash_llm.files import make_free
+from flash_llm.kernels import choice
 from flash_llm.plotting import can_plot, require_plot
 from flash_llm.progress import progress_bar
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from flash_llm.bench.kernels import Settings
     from flash_llm.bench.report import Report
 
-FILES = ("kernels.json", "kernels.csv", "kernels.png")
+FILES = ("kernels.json", "kernels.csv", "kernels.png", "kernels-n.png")
+NS = "1,8,16,32,64"
 Verb = Callable[..., None]
 
 
@@ -43,24 +45,39 @@ def make_app(guard: Callable[[Verb], Verb]) -> typer.Typer:
 
 def kernels(
     shapes: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="paper (OPT-30B, 66B, 175B), llama-3-8b, llama-3-70b, qwen2.5-7b, qwen2.5-72b, "
-            "ROWSxCOLUMNS, or several of them with commas between."
+            help="paper (OPT-30B, 66B, 175B), llama-3-8b, llama-3-70b, qwen2.5-7b, qwen2.5-72b, sweep (three), "
+            "ROWSxCOLUMNS, or several of them with commas between.",
+            show_default="paper, or sweep with --n-sweep",
         ),
-    ] = "paper",
+    ] = None,
     sparsity: Annotated[str, typer.Option(help="Shares of zeros.")] = "0.5,0.6,0.7,0.8,0.9",
-    n: Annotated[str, typer.Option("--n", help="Rows of x: tokens multiplied at once.")] = "1,8,16,32,64",
+    n: Annotated[str | None, typer.Option("--n", help="Rows of x: tokens multiplied at once.", show_default=NS)] = None,
+    n_sweep: Annotated[
+        bool, typer.Option("--n-sweep", help="In place of --n: 1 to 8192 rows of x in 19 steps.")
+    ] = False,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and x.")] = Dtype.float16,
     values: Annotated[Values, typer.Option(help="How the packed weights' nonzeros are stored.")] = Values.bits16,
+    kernel: Annotated[
+        str,
+        typer.Option(
+            envvar=choice.VARIABLE,
+            help="auto: this GPU's own. portable: the one for every GPU. portable-99kb: the same as small GPUs run it.",
+        ),
+    ] = choice.AUTO,
     peers: Annotated[
         bool, typer.Option("--peers", help="Measure torch's own sparse formats too: CSR, and 2:4 with a CSR rest.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for kernels.json, kernels.csv and kernels.png.")
+        Path | None, typer.Option("--out", "-o", help="Folder for kernels.json, kernels.csv and plots.")
     ] = None,
     plot: Annotated[
-        bool | None, typer.Option("--plot/--no-plot", help="Make kernels.png. Default: if matplotlib is there.")
+        bool | None,
+        typer.Option(
+            "--plot/--no-plot",
+            help="Make kernels.png, and with three or more N kernels-n.png. Default: if matplotlib is there.",
+        ),
     ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every result with float32's.")] = True,
     time_limit: Annotated[
@@ -70,28 +87,37 @@ def kernels(
     """Measure the sparse kernel beside the best dense product of torch, on this GPU.
 
     Dense is F.linear or torch.mm(W, X^T), the quicker, in the same run. Times are medians of
-    CUDA graphs that go through 400 MB of weights, more than an L2 cache holds.
+    CUDA graphs that go through 400 MB of weights, more than an L2 cache holds; one takes some
+    0.2 s at most. --n-sweep shows where the sparse kernel stops being worth it, in kernels-n.png.
+    Files in OUT are written anew whenever a weight has been measured.
 
     \b
     Examples:
       flash-llm bench kernels --out results
       flash-llm bench kernels --shapes llama-3-8b --n 1,16 --peers --out results
       flash-llm bench kernels --values fp8 --sparsity 0.5,0.6,0.7 --out results-fp8
+      flash-llm bench kernels --n-sweep --sparsity 0.6,0.8 --out results-n
       flash-llm bench kernels --shapes 4096x4096,14336x4096 --sparsity 0.7 --time-limit 60
+      flash-llm bench kernels --kernel portable --out results-portable
     """
     from flash_llm.bench.report import write
+    from flash_llm.bench.shapes import N_SWEEP
     from flash_llm.bench.timing import CudaMeter
 
-    settings = _settings(shapes, sparsity, n, dtype.value, values.value, peers, check, time_limit)
+    if n is not None and n_sweep:
+        raise ValueError(f"--n {n} and --n-sweep: give one of them")
+    shapes = shapes or ("sweep" if n_sweep else "paper")
+    n = ",".join(map(str, N_SWEEP)) if n_sweep else n or NS
+    settings = _settings(shapes, sparsity, n, dtype.value, values.value, peers, check, time_limit, kernel)
     _check_plot(plot, out)
     meter = CudaMeter()
     if out is not None:
         make_free(out, FILES)
-    measured = _measure(settings, meter)
+    measured = _measure(settings, meter, out)
     _print(measured)
     if out is not None:
         with_plot = can_plot() if plot is None else plot
-        for path in write(measured, out, with_plot=with_plot):
+        for path in write(measured, out, with_plots=with_plot):
             _say(f"wrote {path}")
         if not with_plot and plot is None:
             _say("no plot: matplotlib isn't installed (pip install 'flash-llm[bench]')")
@@ -215,7 +241,8 @@ def e2e(
 def report(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The kernels.json of a run.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="PNG file to write.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to write: bars of speed-ups, a panel for each N.")] = None,
+    plot_n: Annotated[Path | None, typer.Option(help="PNG file to write: times and speed-ups over N.")] = None,
     csv: Annotated[Path | None, typer.Option(help="CSV file to write.")] = None,
 ) -> None:
     """Print the tables of a run again, or make its plot, from its JSON file alone.
@@ -225,7 +252,9 @@ def report(
       flash-llm bench report results/kernels.json
       flash-llm bench report results/kernels.json --markdown > table.md
       flash-llm bench report results/kernels.json --plot kernels.png
+      flash-llm bench report results-n/kernels.json --plot-n kernels-n.png
     """
+    from flash_llm.bench import plots
     from flash_llm.bench import report as reports
     from flash_llm.files import write_whole
 
@@ -233,7 +262,9 @@ def report(
     if csv is not None:
         write_whole(csv, reports.csv_text(read).encode())
     if plot is not None:
-        write_whole(plot, reports.plot(read))
+        write_whole(plot, plots.speedups(read))
+    if plot_n is not None:
+        write_whole(plot_n, plots.over_n(read))
     if markdown:
         print(reports.markdown(read), end="")
     else:
@@ -241,7 +272,15 @@ def report(
 
 
 def _settings(
-    shapes: str, sparsity: str, n: str, dtype: str, values: str, peers: bool, check: bool, time_limit: float
+    shapes: str,
+    sparsity: str,
+    n: str,
+    dtype: str,
+    values: str,
+    peers: bool,
+    check: bool,
+    time_limit: float,
+    kernel: str,
 ) -> Settings:
     import torch
 
@@ -257,6 +296,7 @@ def _settings(
         peers=peers,
         check=check,
         time_limit=time_limit,
+        kernel=kernel,
     )
 
 
@@ -270,17 +310,21 @@ def _check_plot(plot: bool | None, out: Path | None) -> None:
     require_plot()
 
 
-def _measure(settings: Settings, meter: object) -> Report:
+def _measure(settings: Settings, meter: object, out: Path | None) -> Report:
     from flash_llm.bench.kernels import measure
+    from flash_llm.bench.report import write
 
     with progress_bar(transient=True) as bar:
         task = bar.add_task("measuring", total=len(settings.shapes) * len(settings.sparsities))
-        return measure(
-            settings,
-            meter,  # type: ignore[arg-type]
-            command=_command(),
-            on_case=lambda case: bar.update(task, advance=1, description=case),
-        )
+
+        def on_change(report: Report) -> None:
+            last = report["results"][-1:]
+            done = [f"{row['rows']}x{row['columns']} at {row['sparsity']:.0%}" for row in last]
+            bar.update(task, advance=1, description=done[0] if done else "measuring")
+            if out is not None:
+                write(report, out, with_plots=False)
+
+        return measure(settings, meter, command=_command(), on_change=on_change)  # type: ignore[arg-type]
 
 
 def _print(report: Report) -> None:

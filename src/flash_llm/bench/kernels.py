@@ -1,7 +1,9 @@
 """How fast the sparse kernel is beside the best dense product of torch, in one run.
 
 ``flash-llm bench kernels`` is the command. Times are medians of replays of CUDA graphs whose launches go through copies
-of the weight, at least 400 MB of them, so that the L2 cache helps neither side.
+of the weight, at least 400 MB of them, so that the L2 cache helps neither side. x and y are not rotated: in a model,
+too, the layer before has just written x. One case is timed for some 0.2 s at most (``timing.CASE_SECONDS``), also where
+thousands of rows of x make a launch take milliseconds.
 """
 
 from __future__ import annotations
@@ -25,12 +27,15 @@ from flash_llm.bench.shapes import Shape
 from flash_llm.bench.timing import Meter
 from flash_llm.environment import environment as machine
 from flash_llm.errors import KernelError
+from flash_llm.kernels import choice, cuda, tuned
 from flash_llm.tensor import PackedWeight, ValueKind
 from flash_llm.tensor.layout import VALUE_DTYPES
 
 MAX_ERROR = 1e-2
 """Relative error from which on a result is wrong and not just rounded: bfloat16's is near 2e-3."""
 
+_CHECKED_ROWS = 1024
+_ENDED = "the run ended before"
 Row = dict[str, Any]
 
 
@@ -47,9 +52,11 @@ class Settings:
         peers: measure what torch offers for sparse weights too.
         check: compare every result with float32's.
         time_limit: seconds after which no further weight is begun.
+        kernel: one of ``kernels.choice.KERNELS``.
 
     Raises:
-        ValueError: a dtype that weights can't be packed in, unknown values, or a time limit that isn't positive.
+        ValueError: a dtype that weights can't be packed in, unknown values, a time limit that isn't positive, or no
+            such kernel.
     """
 
     shapes: list[Shape]
@@ -60,6 +67,7 @@ class Settings:
     peers: bool = False
     check: bool = True
     time_limit: float = math.inf
+    kernel: str = choice.AUTO
 
     def __post_init__(self) -> None:
         if self.dtype not in VALUE_DTYPES:
@@ -67,56 +75,82 @@ class Settings:
         ValueKind(self.values)
         if not self.time_limit > 0:
             raise ValueError(f"time limit {self.time_limit}: it takes seconds, more than 0")
+        choice.check(self.kernel)
 
 
 @dataclass
 class _Run:
-    """A run under way: what is fixed for all of its cases, and when it began."""
+    """A run under way: what is fixed for all of its cases, when it began, and the report so far."""
 
     settings: Settings
     meter: Meter
-    bandwidth: float
-    on_case: Callable[[str], None]
+    report: Row
+    on_change: Callable[[Row], None]
     begin: float = field(default_factory=time.monotonic)
 
     def late(self) -> bool:
         return time.monotonic() - self.begin > self.settings.time_limit
 
+    def measured(self, case: Row, rows: list[Row]) -> None:
+        """Takes a weight's rows into the report."""
+        self.report["results"] += rows
+        self.report["means"] = means(self.report["results"])
+        self.report["not_measured"].remove(case)
+        self.on_change(self.report)
+
+    def given_up(self, case: Row, why: str) -> None:
+        """Notes why a weight is not measured."""
+        case["why"] = why
+        self.on_change(self.report)
+
 
 def measure(
-    settings: Settings, meter: Meter, *, command: str = "", on_case: Callable[[str], None] = lambda case: None
+    settings: Settings,
+    meter: Meter,
+    *,
+    command: str = "",
+    on_change: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Measures all of ``settings``.
 
     Args:
         meter: times, on its own device.
         command: what the user typed, for the report.
-        on_case: is told each case, a weight's shape and sparsity, once it is measured.
+        on_change: is given the report so far whenever a weight has been measured, or given up.
 
     Returns:
         A JSON-ready report: ``environment``, ``read_bandwidth`` in bytes a second and how it was measured,
-        ``not_measured`` (each with the reason), ``means`` and ``results`` (see :func:`flash_llm.bench.report.means`).
+        ``not_measured`` (each with the reason; of a report so far, what is still to come too), ``means`` and
+        ``results`` (see :func:`flash_llm.bench.report.means`).
 
     Raises:
         KernelError: a kernel fails, or its result is wrong.
     """
     begin = time.monotonic()
-    with torch.no_grad():
-        run = _Run(settings, meter, meter.read_bandwidth(), on_case, begin)
-        results: list[Row] = []
-        not_measured: list[Row] = []
+    with torch.no_grad(), choice.using(settings.kernel):
+        report = {
+            "environment": environment(command, meter.device) | _kernel(settings.kernel, meter.device),
+            "read_bandwidth": meter.read_bandwidth(),
+            "read_bandwidth_how": timing.READ_BANDWIDTH_HOW,
+            "not_measured": [
+                {"rows": rows, "columns": columns, "sparsity": sparsity, "why": _ENDED}
+                for rows, columns in settings.shapes
+                for sparsity in settings.sparsities
+            ],
+            "means": [],
+            "results": [],
+        }
+        run = _Run(settings, meter, report, on_change, begin)
         for shape in settings.shapes:
-            _shape(run, shape, results, not_measured)
+            _shape(run, shape)
             if meter.device.type == "cuda":
                 torch.cuda.empty_cache()
-    return {
-        "environment": environment(command, meter.device),
-        "read_bandwidth": run.bandwidth,
-        "read_bandwidth_how": timing.READ_BANDWIDTH_HOW,
-        "not_measured": not_measured,
-        "means": means(results),
-        "results": results,
-    }
+    return report
+
+
+def _kernel(name: str, device: torch.device) -> dict[str, Any]:
+    """The kernel that is asked for, and how many of its plans `flash-llm tune` has chosen."""
+    return {"kernel": name, "tuned_plans": len(tuned.table(device.index, name)) if device.type == "cuda" else 0}
 
 
 def environment(command: str, device: torch.device) -> dict[str, Any]:
@@ -135,21 +169,22 @@ def environment(command: str, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _shape(run: _Run, shape: Shape, results: list[Row], not_measured: list[Row]) -> None:
-    """Adds a row for every sparsity and n, or why there is none."""
+def _shape(run: _Run, shape: Shape) -> None:
+    """Measures a row for every sparsity and n, or notes why there is none."""
     generator = torch.Generator(run.meter.device).manual_seed(0)
-    left = list(run.settings.sparsities)
+    left = [case for case in run.report["not_measured"] if (case["rows"], case["columns"]) == shape]
     why = f"the time limit of {run.settings.time_limit:g} s"
     try:
         if not run.late():
             xs = {n: _random((n, shape[1]), run, generator) for n in run.settings.ns}
             dense = _dense(run, shape, xs, generator)
             while left and not run.late():
-                results += _sparsity(run, shape, left[0], xs, dense, generator)
-                run.on_case(f"{shape[0]}x{shape[1]} at {left.pop(0):.0%}")
+                rows = _sparsity(run, shape, left[0]["sparsity"], xs, dense, generator)
+                run.measured(left.pop(0), rows)
     except torch.OutOfMemoryError:
         why = "out of GPU memory"
-    not_measured += [{"rows": shape[0], "columns": shape[1], "sparsity": sparsity, "why": why} for sparsity in left]
+    for case in left:
+        run.given_up(case, why)
 
 
 def _random(shape: Shape, run: _Run, generator: torch.Generator) -> Tensor:
@@ -176,30 +211,27 @@ def _sparsity(
     """A row for every n of one weight, which is made and packed once."""
     weight = _random(shape, run, generator)
     weight.masked_fill_(torch.rand(shape, generator=generator, device=weight.device) < sparsity, 0)
-    expected = _expected(weight, xs) if run.settings.check else {}
     packed = PackedWeight.from_dense(weight, values=run.settings.values)
-    rounded = expected
-    if packed.scales is not None and run.settings.check:
-        rounded = _expected(packed.to_dense(torch.float32), xs)
-    weights = [packed] + [_clone(packed) for _ in range(timing.copies(packed.nbytes) - 1)]
+    stored = weight if packed.scales is None else packed.to_dense(torch.float32)
+    weights = [packed] + [clone(packed) for _ in range(timing.copies(packed.nbytes) - 1)]
     rows: list[Row] = [
         {"rows": shape[0], "columns": shape[1], "sparsity": sparsity, "n": n, "dtype": _name(weight.dtype)}
         | {"values": packed.kind.value}
-        | _sparse(run, weights, x, dense[n], rounded.get(n))
+        | _sparse(run, weights, x, dense[n], stored)
         for n, x in xs.items()
     ]
-    del packed, weights
+    del packed, weights, stored
     if run.settings.peers:
-        peers = {name: _peer(run, build, weight, xs, expected) for name, build in PEERS.items()}
+        peers = {name: _peer(run, build, weight, xs) for name, build in PEERS.items()}
         for row in rows:
             row["peers"] = {name: _beside(row["dense_us"], of_n[row["n"]]) for name, of_n in peers.items()}
     return rows
 
 
-def _sparse(run: _Run, weights: list[PackedWeight], x: Tensor, dense: Row, expected: Tensor | None) -> Row:
+def _sparse(run: _Run, weights: list[PackedWeight], x: Tensor, dense: Row, weight: Tensor) -> Row:
     packed = weights[0]
     (rows, columns), n = packed.shape, x.shape[0]
-    error = None if expected is None else relative_error(ops.linear(x, packed), expected)
+    error = relative_error(ops.linear(x, packed), x, weight) if run.settings.check else None
     if error is not None and not error <= MAX_ERROR:  # so that NaN counts as wrong
         raise KernelError(
             f"the sparse kernel's result for {rows}x{columns}, n={n}, at {packed.sparsity:.0%} zeros is wrong: "
@@ -213,34 +245,34 @@ def _sparse(run: _Run, weights: list[PackedWeight], x: Tensor, dense: Row, expec
         "speedup": dense["dense_us"] / us,
         "bytes_moved": moved,
         "gigabytes_a_second": moved / us * 1e-3,
-        "bandwidth_share": moved / us * 1e6 / run.bandwidth,
+        "bandwidth_share": moved / us * 1e6 / run.report["read_bandwidth"],
         "bytes_an_element": packed.nbytes / (rows * columns),
         "relative_error": error,
         "tile_words": packed.tile_words,
+        "kernel": cuda.source_for(packed, n) if packed.device.type == "cuda" else "reference",
         "rotated_bytes": len(weights) * packed.nbytes,
     }
 
 
-def _clone(weight: PackedWeight) -> PackedWeight:
+def clone(weight: PackedWeight) -> PackedWeight:
+    """The same weight in memory of its own."""
     copies: dict[str, Any] = {name: tensor.clone() for name, tensor in weight.tensors().items()}
     return replace(weight, **copies)
 
 
-def _peer(
-    run: _Run, build: Callable[[Tensor], Peer], weight: Tensor, xs: dict[int, Tensor], expected: dict[int, Tensor]
-) -> dict[int, Row]:
+def _peer(run: _Run, build: Callable[[Tensor], Peer], weight: Tensor, xs: dict[int, Tensor]) -> dict[int, Row]:
     """A peer's microseconds and error for every n, or what it says in refusing."""
     try:
         first = build(weight)
         built = [first] + [build(weight) for _ in range(timing.copies(first.nbytes) - 1)]
     except Exception as refusal:  # whatever torch raises: it is noted, and the others go on
         return {n: _refused(refusal) for n in xs}
-    return {n: _peer_row(run, built, x, expected.get(n)) for n, x in xs.items()}
+    return {n: _peer_row(run, built, x, weight) for n, x in xs.items()}
 
 
-def _peer_row(run: _Run, built: list[Peer], x: Tensor, expected: Tensor | None) -> Row:
+def _peer_row(run: _Run, built: list[Peer], x: Tensor, weight: Tensor) -> Row:
     try:
-        error = None if expected is None else relative_error(built[0](x), expected)
+        error = relative_error(built[0](x), x, weight) if run.settings.check else None
         # Not as a graph: cuSPARSE may allocate, and a capture that fails would take the rest of the run with it.
         us = run.meter.queued(lambda i: built[i % len(built)](x), timing.launches(len(built)))
     except Exception as refusal:
@@ -256,16 +288,18 @@ def _beside(dense_us: float, row: Row) -> Row:
     return row if "refused" in row else row | {"speedup": dense_us / row["us"]}
 
 
-def _expected(weight: Tensor, xs: dict[int, Tensor]) -> dict[int, Tensor]:
-    """x W^T in float32 for every x."""
+def relative_error(y: Tensor, x: Tensor, weight: Tensor) -> float:
+    """||y - x W^T|| / ||x W^T||, or ||y|| where zeros are expected, with the product in float32.
+
+    Some rows at a time, since y in float32 may be gigabytes.
+    """
     wide = weight.float().t()
-    return {n: x.float() @ wide for n, x in xs.items()}
-
-
-def relative_error(y: Tensor, expected: Tensor) -> float:
-    """||y - expected|| / ||expected||, or ||y|| where zeros are expected."""
-    norm = float(expected.norm())
-    return float((y.float() - expected).norm()) / (norm or 1.0)
+    wrong, right = 0.0, 0.0
+    for some_y, some_x in zip(y.split(_CHECKED_ROWS), x.split(_CHECKED_ROWS), strict=True):
+        expected = some_x.float() @ wide
+        right += float(expected.norm()) ** 2
+        wrong += float((some_y.float() - expected).norm()) ** 2
+    return math.sqrt(wrong) / (math.sqrt(right) or 1.0)
 
 
 def _name(dtype: torch.dtype) -> str:

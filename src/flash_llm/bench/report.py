@@ -1,4 +1,4 @@
-"""Reports of benchmarks: geometric means, tables, CSV, plots. All of it from the JSON alone, without a GPU or torch.
+"""Reports of benchmarks: geometric means, tables, CSV. All of it from the JSON alone, without a GPU or torch.
 
 A report is a dictionary: ``environment``, ``read_bandwidth``, ``not_measured``, ``means``, and ``results``, a row for
 every shape, sparsity and n.
@@ -13,20 +13,15 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
+from flash_llm.bench import plots
+from flash_llm.bench.plots import PEER_TITLES, Report, Row, zeros
 from flash_llm.files import write_whole
-from flash_llm.plotting import png, require_plot
-
-Report = dict[str, Any]
-Row = dict[str, Any]
 
 _REPORT_KEYS = ("environment", "means", "results")
 _ROW_KEYS = ("rows", "columns", "sparsity", "n", "us", "dense_us", "speedup", "bandwidth_share")
-_PEER_TITLES = {"csr": "CSR (cuSPARSE)", "two_of_four_csr": "2:4 and CSR"}
-_PEER_MARKERS = {"csr": "x", "two_of_four_csr": "+"}
 
 
 def means(results: list[Row]) -> list[Row]:
@@ -72,15 +67,17 @@ def grids(report: Report) -> list[Grid]:
     """The means of ours, of each peer, and the single cases: "speed-up (share of bandwidth)" for every sparsity."""
     table, results = report["means"], report["results"]
     sparsities = sorted({row["sparsity"] for row in results})
-    heads = [f"{round(100 * sparsity, 4):g}%" for sparsity in sparsities]
+    heads = [zeros(sparsity) for sparsity in sparsities]
     ns = sorted({row["n"] for row in table})
 
     def grid(title: str, lines: Iterable[tuple[str, dict[float, str]]]) -> Grid:
         return Grid([title, *heads], [[label, *(cells.get(s, "-") for s in sparsities)] for label, cells in lines])
 
-    made = [grid("geometric mean", ((f"N = {n}", _cells(row for row in table if row["n"] == n)) for n in ns))]
+    kernel = report["environment"].get("kernel") or "auto"
+    title = "geometric mean" if kernel == "auto" else f"geometric mean, {kernel} kernel"
+    made = [grid(title, ((f"N = {n}", _cells(row for row in table if row["n"] == n)) for n in ns))]
     for peer in sorted({name for row in table for name in row.get("peers", {})}):
-        title = f"{_PEER_TITLES.get(peer, peer)}, geometric mean"
+        title = f"{PEER_TITLES.get(peer, peer)}, geometric mean"
         made.append(grid(title, ((f"N = {n}", _peer_cells(table, n, peer)) for n in ns)))
     cases = sorted({(row["rows"], row["columns"], row["n"]) for row in results})
     of_case = {case: [row for row in results if (row["rows"], row["columns"], row["n"]) == case] for case in cases}
@@ -104,7 +101,7 @@ def remarks(report: Report) -> list[str]:
     if errors:
         lines.append(f"Relative error against float32: {max(errors):.1e} at most.")
     for peer, reasons in _refusals(report["results"]).items():
-        lines.append(f"{_PEER_TITLES.get(peer, peer)} refused {len(reasons)} of {len(report['results'])}: {reasons[0]}")
+        lines.append(f"{PEER_TITLES.get(peer, peer)} refused {len(reasons)} of {len(report['results'])}: {reasons[0]}")
     for case in report.get("not_measured", []):
         lines.append(f"Not measured: {case['rows']}x{case['columns']} at {case['sparsity']:.0%}, {case['why']}.")
     return lines
@@ -120,14 +117,12 @@ def _refusals(results: list[Row]) -> dict[str, list[str]]:
 
 
 def markdown(report: Report) -> str:
-    """The tables and remarks for a page."""
+    """The tables for a page, then what was measured and the remarks."""
     blocks = []
     for grid in grids(report):
         rule = "|" + "---|" * len(grid.head)
         blocks.append("\n".join([_line(grid.head), rule, *map(_line, grid.lines)]))
-    if notes := remarks(report):
-        blocks.append("\n\n".join(notes))
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join([*blocks, f"Measured on {summary(report)}.", *remarks(report)]) + "\n"
 
 
 def _line(cells: list[str]) -> str:
@@ -148,12 +143,19 @@ def tables(report: Report) -> list[Table]:
 
 
 def summary(report: Report) -> str:
-    """One line of what was measured on: GPU, versions, bandwidth."""
+    """One line of what was measured, and on what: GPU, versions, bandwidth, date, kernel."""
     where = report["environment"]
     words = [str(where.get("gpu") or "no GPU")]
     words += [f"{name} {where[name]}" for name in ("driver", "torch", "cuda", "flash_llm") if where.get(name)]
     if report.get("read_bandwidth"):
         words.append(f"reads {report['read_bandwidth'] * 1e-12:.2f} TB/s")
+    if where.get("date"):
+        words.append(where["date"])
+    if kernel := where.get("kernel"):
+        sources = sorted({row["kernel"] for row in report["results"] if "kernel" in row})
+        words.append(f"{kernel} kernel" + (f" ({', '.join(sources)})" if sources else ""))
+    if where.get("tuned_plans"):
+        words.append(f"{where['tuned_plans']} tuned plans")
     return ", ".join(words)
 
 
@@ -193,73 +195,14 @@ def read(path: Path) -> Report:
     return report
 
 
-def write(report: Report, folder: Path, *, with_plot: bool) -> list[Path]:
-    """Writes kernels.json, kernels.csv and, if asked, kernels.png into a folder. Returns their paths."""
+def write(report: Report, folder: Path, *, with_plots: bool) -> list[Path]:
+    """Writes kernels.json, kernels.csv and, if asked, the plots that suit the report. Returns their paths."""
     files = {
         folder / "kernels.json": (json.dumps(report, indent=1, allow_nan=False) + "\n").encode(),
         folder / "kernels.csv": csv_text(report).encode(),
     }
+    if with_plots:
+        files |= {folder / name: draw(report) for name, draw in plots.suited(report).items()}
     for path, content in files.items():
         write_whole(path, content)
-    if with_plot and report["results"]:
-        write_whole(folder / "kernels.png", plot(report))
-        return [*files, folder / "kernels.png"]
     return list(files)
-
-
-def plot(report: Report) -> bytes:
-    """A PNG: speed-up over dense, a panel for every n, a group of bars for every shape, a bar for every sparsity.
-
-    Peers' speed-ups are marks on the bars.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: the report has no results.
-    """
-    require_plot()
-    from matplotlib.figure import Figure
-
-    results = report["results"]
-    if not results:
-        raise ValueError("the report has no results to plot")
-    shapes = list(dict.fromkeys((row["rows"], row["columns"]) for row in results))
-    ns = sorted({row["n"] for row in results})
-    figure = Figure(figsize=(max(6.0, 1.2 * len(shapes)), 2.6 * len(ns) + 1), layout="constrained")
-    panels = figure.subplots(len(ns), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    for panel, n in zip(panels, ns, strict=True):
-        _draw(panel, [row for row in results if row["n"] == n], shapes, sorted({row["sparsity"] for row in results}))
-        panel.set_title(f"N = {n}", loc="left")
-        panel.set_ylabel("speed-up over dense")
-    panels[-1].set_xticks(range(len(shapes)), [f"{rows}\n× {columns}" for rows, columns in shapes])
-    panels[-1].set_xlabel("weight: rows × columns")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
-    figure.suptitle(str(report["environment"].get("gpu") or ""), x=0.01, ha="left")
-    return png(figure)
-
-
-def _draw(panel: Any, results: list[Row], shapes: list[tuple[int, int]], sparsities: list[float]) -> None:
-    """One panel's bars and marks."""
-    from matplotlib import colormaps
-
-    width = 0.8 / len(sparsities)
-    for i, sparsity in enumerate(sparsities):
-        rows = [row for row in results if row["sparsity"] == sparsity]
-        at = [shapes.index((row["rows"], row["columns"])) + (i - (len(sparsities) - 1) / 2) * width for row in rows]
-        color = colormaps["viridis"](0.9 - 0.8 * i / max(1, len(sparsities) - 1))
-        panel.bar(
-            at, [row["speedup"] for row in rows], width, color=color, label=f"{round(100 * sparsity, 4):g}% zeros"
-        )
-        for peer, marker in _PEER_MARKERS.items():
-            points = [(x, row["peers"][peer]["speedup"]) for x, row in zip(at, rows, strict=True) if _ran(row, peer)]
-            if points:
-                label = _PEER_TITLES[peer] if i == 0 else None
-                panel.scatter(*zip(*points, strict=True), s=14, marker=marker, color="black", lw=0.8, label=label)
-    panel.axhline(1, color="black", lw=0.8, ls="--")
-    panel.grid(axis="y", alpha=0.3)
-    panel.set_axisbelow(True)
-    panel.set_xlim(-0.6, len(shapes) - 0.4)
-
-
-def _ran(row: Row, peer: str) -> bool:
-    return "speedup" in row.get("peers", {}).get(peer, {})

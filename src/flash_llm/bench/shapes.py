@@ -15,11 +15,16 @@ SHAPES: dict[str, list[Shape]] = {
         for width in (7168, 9216, 12288)
         for rows, columns in ((3, 1), (1, 1), (4, 1), (1, 4))
     ],
+    # A small one, and the two of OPT-30B's MLP: for measuring over many numbers of rows of x.
+    "sweep": [(4096, 4096), (28672, 7168), (7168, 28672)],
     "llama-3-8b": [(4096, 4096), (14336, 4096), (4096, 14336), (6144, 4096)],
     "llama-3-70b": [(8192, 8192), (28672, 8192), (8192, 28672), (10240, 8192)],
     "qwen2.5-7b": [(3584, 3584), (18944, 3584), (3584, 18944), (4608, 3584)],
     "qwen2.5-72b": [(8192, 8192), (29568, 8192), (8192, 29568), (10240, 8192)],
 }
+
+N_SWEEP = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+"""Rows of x from a single token to a long prompt: where kernels change, and between."""
 
 
 def parse_shapes(text: str) -> list[Shape]:

@@ -18,9 +18,13 @@ MAX_COPIES = 1024
 
 LAUNCHES = 8
 REPLAYS = 15
+CASE_SECONDS = 0.2
+"""About the most that one case is timed for: products of thousands of rows take milliseconds each, and need few."""
 READ_BANDWIDTH_HOW = "torch.sum of 4 GiB of float32 (half of the free memory, if that is less), the best of ten"
 _WARM_UPS = 3
+_QUEUED_WARM_UPS = 1
 _QUEUED_REPLAYS = 5
+_LEAST_REPLAYS = 3
 _READ_BYTES = 4 << 30
 _HEAD_START_BYTES = 1 << 30
 
@@ -34,7 +38,11 @@ class Meter(Protocol):
         """Bytes a second that the device reads from its memory."""
 
     def graph(self, run: Callable[[int], object], launches: int) -> float:
-        """Median microseconds of one of ``launches`` launches, run(0), run(1), ..., as a CUDA graph."""
+        """Median microseconds of one of ``launches`` launches, run(0), run(1), ..., as a CUDA graph.
+
+        Fewer launches and replays are timed where so many would take longer than ``CASE_SECONDS``. What ``run`` returns
+        takes the same place in memory every time: only what ``run`` itself chooses by its number is rotated.
+        """
 
     def queued(self, run: Callable[[int], object], launches: int) -> float:
         """The same for what may not be captured in a graph."""
@@ -66,24 +74,38 @@ class CudaMeter:
     def graph(self, run: Callable[[int], object], launches: int) -> float:
         """Launches captured once and replayed, so that the host's own time doesn't show."""
         run(0)  # what is compiled, loaded or chosen at the first call must not be captured
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(launches):
-                run(i)
-        times = [_elapsed(graph.replay) for _ in range(_WARM_UPS + REPLAYS)]
-        return statistics.median(times[_WARM_UPS:]) / launches * 1e3
+        graph = _captured(run, launches)
+        count, replays = fitting(launches, _elapsed(graph.replay) * 1e-3)
+        if count < launches:
+            graph.reset()
+            graph = _captured(run, count)
+        times = [_elapsed(graph.replay) for _ in range(_WARM_UPS + replays)]
+        return statistics.median(times[_WARM_UPS:]) / count * 1e3
 
     def queued(self, run: Callable[[int], object], launches: int) -> float:
         """Launches queued behind a write of 1 GiB, which keeps the device busy while the host gets ahead."""
         if self._head_start is None:
             self._head_start = torch.empty(_HEAD_START_BYTES, dtype=torch.uint8, device=self.device)
+        before = self._head_start.zero_
+        run(0)  # as above
+        one = _elapsed(lambda: run(0), before) * 1e-3
+        count, replays = fitting(launches, launches * one, _QUEUED_WARM_UPS, _QUEUED_REPLAYS)
 
         def all_launches() -> None:
-            for i in range(launches):
+            for i in range(count):
                 run(i)
 
-        times = [_elapsed(all_launches, before=self._head_start.zero_) for _ in range(1 + _QUEUED_REPLAYS)]
-        return statistics.median(times[1:]) / launches * 1e3
+        times = [_elapsed(all_launches, before) for _ in range(_QUEUED_WARM_UPS + replays)]
+        return statistics.median(times[_QUEUED_WARM_UPS:]) / count * 1e3
+
+
+def _captured(run: Callable[[int], object], launches: int) -> torch.cuda.CUDAGraph:
+    """The graph of run(0), run(1), ..."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            run(i)
+    return graph
 
 
 def _elapsed(run: Callable[[], object], before: Callable[[], object] | None = None) -> float:
@@ -106,3 +128,23 @@ def copies(nbytes: int) -> int:
 def launches(count: int) -> int:
     """Launches timed together, so that each of ``count`` copies has its turn."""
     return max(LAUNCHES, count)
+
+
+def fitting(launches: int, seconds: float, warm_ups: int = _WARM_UPS, replays: int = REPLAYS) -> tuple[int, int]:
+    """(launches, replays) that take about ``CASE_SECONDS`` with the warm-ups, and no more than were asked for.
+
+    Launches go first, down to one: what takes that long is not kept by any cache from one launch to the next. Then
+    replays, down to three.
+
+    Args:
+        launches: that are to be timed together.
+        seconds: that they take together.
+        warm_ups, replays: of all launches; the first ones are not counted.
+    """
+    a_replay, one = CASE_SECONDS / (warm_ups + replays), seconds / launches
+    if seconds <= a_replay:
+        return launches, replays
+    count = max(1, int(a_replay / one))
+    if one <= a_replay:
+        return count, replays
+    return count, min(replays, max(_LEAST_REPLAYS, int(CASE_SECONDS / one) - warm_ups))

@@ -24,7 +24,7 @@ from flash_llm.folder import CONFIG, read_json
 from flash_llm.structure import meta_model
 
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Layers with the same input, which serving engines multiply at once."""
 
 
@@ -262,7 +262,7 @@ def _linears(model: PreTrainedModel, head: nn.Module) -> tuple[Linear, ...]:
 def _groups(children: dict[str, nn.Module]) -> list[list[nn.Module]]:
     groups = []
     left = dict(children)
-    for names in _SIBLINGS:
+    for names in SIBLINGS:
         if all(name in left for name in names):
             groups.append([left.pop(name) for name in names])
     return [*groups, *([child] for child in left.values())]

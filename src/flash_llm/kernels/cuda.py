@@ -8,11 +8,9 @@ import functools
 import torch
 from torch import Tensor
 
-from flash_llm.kernels import counters, launch, plan
+from flash_llm.kernels import choice, counters, launch, plan, tuned
 from flash_llm.tensor import PackedWeight
-from flash_llm.tensor.layout import LANES, WORD_COLUMNS, ValueKind, grid
-
-_UNPACK_WARPS = 8
+from flash_llm.tensor.layout import WORD_COLUMNS, ValueKind, grid
 
 
 class _UnpackParams(ctypes.Structure):
@@ -31,7 +29,7 @@ class _SpmmParams(ctypes.Structure):
         ("x_stride", ctypes.c_longlong),
         *(
             (name, ctypes.c_int)
-            for name in ("rows", "columns", "n", "strips", "words", "tiles", "units", "column_bytes")
+            for name in ("rows", "columns", "n", "strips", "words", "tiles", "row_blocks", "units", "column_bytes")
         ),
     )
 
@@ -52,13 +50,15 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x [..., K] times the transposed weight, plus bias: [..., M]."""
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
-    if flat.shape[0] >= plan.UNPACK_FROM:
+    if flat.shape[0] >= plan.unpack_from(seen(weight.device.index)):
         return torch.nn.functional.linear(x, unpack(weight), bias)
     y = x.new_empty(flat.shape[0], rows)
     flat = _readable(flat)
     bias = None if bias is None else bias.contiguous()
-    for first in range(0, flat.shape[0], plan.MAX_N):
-        _spmm(flat[first : first + plan.MAX_N], weight, bias, y[first : first + plan.MAX_N])
+    a_pass = max(1, plan.rows_in_a_pass(flat.shape[0], columns))
+    for some, result in zip(flat.split(a_pass), y.split(a_pass), strict=True):
+        if len(some):
+            _spmm(some, weight, bias, result)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -68,27 +68,28 @@ def unpack(weight: PackedWeight) -> Tensor:
     device = weight.device.index
     dense = torch.empty(rows, columns, dtype=weight.dtype, device=weight.device)
     strips, words, tiles = grid(rows, columns, weight.tile_words)
-    column_bytes = _column_bytes(weight)
-    params = _UnpackParams(
-        *_pointers(weight), _scales(weight), dense.data_ptr(), rows, columns, words, tiles, strips * tiles, column_bytes
-    )
-    defines = (("BF16", _is_bf16(weight)), ("TILE_WORDS", weight.tile_words), ("VALUES", weight.kind.code))
-    kernel = launch.get("unpack.cu", "unpack", defines, launch.architecture(device))
-    shared = _UNPACK_WARPS * column_bytes
-    per_processor = max(1, min(8, device_properties(device).shared_memory // (shared + 1024)))
-    blocks = min(-(-strips * tiles // _UNPACK_WARPS), per_processor * device_properties(device).multiprocessors)
-    kernel.launch(params, blocks, _UNPACK_WARPS * LANES, shared, device)
+    sizes = (rows, columns, weight.max_packets, weight.tile_words)
+    chosen = plan.unpack_plan(device_properties(device), *sizes, bool(_is_bf16(weight)), weight.kind)
+    numbers = (rows, columns, words, tiles, strips * tiles, chosen.column_bytes)
+    params = _UnpackParams(*_pointers(weight), _scales(weight), dense.data_ptr(), *numbers)
+    kernel = launch.get("unpack.cu", "unpack", chosen.defines, launch.architecture(device))
+    kernel.launch(params, chosen.blocks, chosen.threads, chosen.shared, device)
     return dense
 
 
-def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> None:
-    """y [n, M] = x [n, K] W^T + bias for n up to MAX_N."""
+def multiply(x: Tensor, weight: PackedWeight, chosen: plan.SpmmPlan) -> Tensor:
+    """x [n, K] W^T: [n, M], in one launch with a plan that was made for them: to measure plans."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    _spmm(_readable(x), weight, None, y, chosen)
+    return y
+
+
+def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, chosen: plan.SpmmPlan | None = None) -> None:
+    """y [n, M] = x [n, K] W^T + bias."""
     rows, columns = weight.shape
     device = weight.device.index
     strips, words, tiles = grid(rows, columns, weight.tile_words)
-    packets = weight.values.numel() // weight.kind.packet_values
-    sizes = (rows, columns, packets, weight.max_packets, weight.tile_words)
-    chosen = spmm_plan_cached(device, *sizes, x.shape[0], bool(_is_bf16(weight)), weight.kind)
+    chosen = chosen or plan_for(weight, x.shape[0])
     partial = torch.empty(chosen.partial_floats, dtype=torch.float32, device=x.device)
     params = _SpmmParams(
         *_pointers(weight),
@@ -97,9 +98,9 @@ def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> No
         _scales(weight),
         y.data_ptr(),
         partial.data_ptr(),
-        counters.arrivals(device, chosen.row_blocks),
+        counters.arrivals(device, chosen.counters),
         x.stride(0),
-        *(rows, columns, x.shape[0], strips, words, tiles, chosen.units, chosen.column_bytes),
+        *(rows, columns, x.shape[0], strips, words, tiles, chosen.row_blocks, chosen.units, chosen.column_bytes),
     )
     kernel = launch.get(chosen.source, "spmm", chosen.defines, launch.architecture(device))
     argument: ctypes.Structure = params
@@ -130,6 +131,25 @@ def _x_map(x: Tensor, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
     return (ctypes.c_uint64 * 16).from_buffer_copy(ctypes.string_at(tensor_map.getPtr(), 128))
 
 
+def source_for(weight: PackedWeight, n: int) -> str:
+    """The file in ``csrc`` of the kernel that a weight on a GPU takes for n rows of x, at least 1."""
+    if n >= plan.unpack_from(seen(weight.device.index)):
+        return "unpack.cu"
+    return plan_for(weight, plan.rows_in_a_pass(n, weight.shape[1])).source
+
+
+def seen(device: int) -> plan.Device:
+    """What plans take a CUDA device for, with the kernel that is in use."""
+    return choice.seen_as(device_properties(device), choice.kernel())
+
+
+def plan_for(weight: PackedWeight, n: int) -> plan.SpmmPlan:
+    """How one launch of the kernel that is in use multiplies a weight on a GPU by n rows of x, at least 1."""
+    packets, bf16 = weight.values.numel() // weight.kind.packet_values, bool(_is_bf16(weight))
+    numbers = (packets, weight.max_packets, weight.tile_words)
+    return spmm_plan_cached(weight.device.index, *weight.shape, *numbers, n, bf16, choice.kernel(), weight.kind)
+
+
 @functools.lru_cache(maxsize=4096)
 def spmm_plan_cached(
     device: int,
@@ -140,10 +160,18 @@ def spmm_plan_cached(
     tile_words: int,
     n: int,
     bf16: bool,
+    kernel: str = choice.AUTO,
     values: ValueKind = ValueKind.BITS16,
 ) -> plan.SpmmPlan:
-    sizes = (rows, columns, packets, max_packets, tile_words, n)
-    return plan.spmm_plan(device_properties(device), *sizes, bf16, values=values)
+    """The plan for a CUDA device, by its number, and one of ``choice.KERNELS``: as tuned, if it was.
+
+    ``flash-llm tune`` measures 16-bit values alone, so that weights of 8 bits have the usual plan.
+    """
+    seen = choice.seen_as(device_properties(device), kernel)
+    weight = (rows, columns, packets, max_packets, tile_words)
+    if values is not ValueKind.BITS16:
+        return plan.spmm_plan(seen, *weight, n, bf16, values=values)
+    return tuned.spmm_plan(tuned.table(device, kernel), seen, weight, n, bf16)
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -162,10 +190,6 @@ def _pointers(weight: PackedWeight) -> tuple[int, int, int]:
 
 def _scales(weight: PackedWeight) -> int | None:
     return None if weight.scales is None else weight.scales.data_ptr()
-
-
-def _column_bytes(weight: PackedWeight) -> int:
-    return (weight.kind.packet_values * max(weight.max_packets, 1) + 1) * 4 * LANES
 
 
 def _is_bf16(weight: PackedWeight) -> int:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flash_llm.tensor.layout import LANES, WORD_COLUMNS, ValueKind, ceil_div, grid
+from flash_llm.tensor.layout import LANES, STRIP_ROWS, WORD_COLUMNS, ValueKind, ceil_div, grid
 
-MAX_N = 64
-"""Rows of X that one launch of the sparse kernel takes; more are taken in turns."""
-
-UNPACK_FROM = 257
-"""From as many rows on the weight is expanded into a workspace and multiplied densely."""
+_PASS_BYTES = 24 << 20  # of x, which all of the weight passes by: so much stays in the L2 cache of an H100
+_UNPACK_FROM = {True: 4096, False: 257}  # rows of x; Hopper or not
+_UNPACK_WARPS = 8
+_UNPACK_STAGE = STRIP_ROWS * (2 * WORD_COLUMNS + 16)  # bytes of a warp, besides its columns
 
 FETCH_WARPS = 4
 """Warps of the Hopper kernel that fetch X: one does, but registers are dealt out by fours."""
@@ -18,7 +17,13 @@ FETCH_WARPS = 4
 _FETCH_REGISTERS = 32
 _REGISTERS = 65536  # of a multiprocessor, on all of these architectures
 _STATIC_BYTES = 128
+_RING_EXTRA = 1024 + 128  # aligned by 1024, and its barriers
+_WIDE_ADDRESSES = 22  # registers
 _RING_BYTES = {1: 48 << 10, 2: 12 << 10, 3: 12 << 10}  # for pieces of X on Hopper, by blocks a multiprocessor
+_WIDE_WARPS = 8  # a block's multiplying warps from 65 rows of x on: two warpgroups, as registers allow
+_WIDE_PRODUCTS, _WIDE_DECODE = 32, 290  # cycles of a word for a block: for each block of 8 rows of x, and besides
+_ADDING_UP = 1  # words' time for each block of 8 rows of x: what adding up a shared job costs
+_LEAST_STAGES, _MOST_STAGES = 3, 6
 _SMALL = 700  # words of the weight a multiprocessor, up to which smaller blocks are thought of
 _CHUNK_WORDS = {True: {1: 4, 2: 4, 4: 2, 8: 2}, False: {1: 8, 2: 8, 4: 4, 8: 2}}  # Hopper or not; blocks of n
 
@@ -44,6 +49,7 @@ class SpmmPlan:
     shared: int
     units: int
     row_blocks: int
+    counters: int
     column_bytes: int
     partial_floats: int
 
@@ -57,43 +63,58 @@ def spmm_plan(
     tile_words: int,
     n: int,
     bf16: bool,
+    *,
+    n_blocks: int | None = None,
     warps: int | None = None,
     resident: int | None = None,
     values: ValueKind = ValueKind.BITS16,
 ) -> SpmmPlan:
-    """The sparse kernel's configuration for a packed [rows, columns] weight and x [n, columns], n from 1 to MAX_N.
+    """The sparse kernel's configuration for a packed [rows, columns] weight and x [n, columns].
 
     Args:
         packets: of the whole weight.
         max_packets: the most that a lane has in a tile.
-        warps: a block's multiplying warps; None takes what was found best, as far as shared memory allows.
-        resident: blocks that are to share a multiprocessor, 1 to 3; None takes what was found best.
+        n_blocks: of 8 rows of x that are multiplied at a time; None, as the following, takes what was found best, as
+            far as shared memory allows.
+        warps: a block's multiplying warps.
+        resident: blocks that are to share a multiprocessor, 1 to 3.
         values: how the weight's nonzeros are stored.
 
     Raises:
         ValueError: n is out of range.
     """
-    if not 1 <= n <= MAX_N:
-        raise ValueError(f"n={n} rows of x: one launch takes 1 to {MAX_N}; take more in turns")
-    n_blocks = next(blocks for blocks in (1, 2, 4, 8) if n <= 8 * blocks)
+    if n < 1:
+        raise ValueError(f"n={n} rows of x: it takes at least 1")
     hopper = device.capability == (9, 0)
-    if hopper and warps is None and resident is None:
+    column_bytes = _column_bytes(max_packets, values)
+    n_blocks = n_blocks or _n_blocks(device, rows, columns, n, column_bytes)
+    wide = n_blocks > 8
+    if hopper and not wide and warps is None and resident is None:
         warps, resident = _small_blocks(device, rows, columns, tile_words, n_blocks)
     resident = resident or 1
-    chunk_words = chunk(tile_words, _CHUNK_WORDS[hopper][n_blocks])
-    column_bytes = (values.packet_values * max(max_packets, 1) + 1) * 4 * LANES
+    chunk_words = 1 if wide else chunk(tile_words, _CHUNK_WORDS[hopper][n_blocks])
     stage = n_blocks * 8 * (chunk_words * WORD_COLUMNS * 2 + (0 if hopper else 16))
-    stages = max(3, min(6, _RING_BYTES[resident] // stage)) if hopper else 2
-    ring = stages * stage + (1024 + 128 if hopper else 0)  # aligned by 1024, and its barriers
+    if wide:
+        warps = warps or _WIDE_WARPS
+        stages = _wide_stages(device, stage, warps * column_bytes)
+    else:
+        stages = max(_LEAST_STAGES, min(_MOST_STAGES, _RING_BYTES[resident] // stage)) if hopper else 2
+    ring = stages * stage + (_RING_EXTRA if hopper else 0)
     strips, words, tiles = grid(rows, columns, tile_words)
     if warps is None:
         fitting = (device.shared_memory - _STATIC_BYTES - ring) // column_bytes
         warps = max(4, min(_best_warps(hopper, n_blocks, tile_words), fitting // 4 * 4))
     row_blocks = ceil_div(strips, warps)
-    units = row_blocks * tiles
+    jobs = row_blocks * ceil_div(n, 8 * n_blocks)
+    units = jobs * tiles
     blocks = min(device.multiprocessors * resident, units)
+    if wide:
+        blocks, _ = _wide_shares(jobs, blocks, words, n_blocks)
     mean = int(packets / (strips * tiles * LANES))  # packets of a lane in a tile
+    registers = multiplying_registers(warps, resident) if hopper else 0
     held = 10 if warps > 12 else max_packets  # that many warps have registers for no more
+    if wide:  # sums, two words' A registers, two tiles' bitmaps and addresses come first
+        held = (registers - 4 * n_blocks - 32 - 2 * tile_words - tile_words * 3 // 4 - _WIDE_ADDRESSES) // 4
     ahead = max(1, min(max_packets, mean + 3, held))
     defines = {
         "TILE_WORDS": tile_words,
@@ -108,7 +129,7 @@ def spmm_plan(
     }
     if hopper:
         defines |= {"STAGES": stages, "WGMMA": int(n_blocks >= 4), "RESIDENT": resident}
-        defines["REGISTERS"] = multiplying_registers(warps, resident)
+        defines |= {"REGISTERS": registers, "FETCH_REGISTERS": _FETCH_REGISTERS}
         if n_blocks <= 2 and resident == 1:
             defines["REGISTERS"] -= 8  # more than enough; offered all, the compiler spills some for no reason
     return SpmmPlan(
@@ -119,9 +140,107 @@ def spmm_plan(
         shared=ring + warps * column_bytes,
         units=units,
         row_blocks=row_blocks,
+        counters=jobs,
         column_bytes=column_bytes,
         partial_floats=2 * blocks * n_blocks * 4 * warps * LANES,
     )
+
+
+def rows_in_a_pass(n: int, columns: int) -> int:
+    """Rows of x [n, columns] that one launch takes: of many some, in equal parts, so that they stay in the L2 cache."""
+    if 2 * n * columns <= _PASS_BYTES * 4 // 3:
+        return n
+    passes = ceil_div(n, max(256, _PASS_BYTES // (2 * columns) // 256 * 256))
+    return ceil_div(n, 256 * passes) * 256
+
+
+def unpack_from(device: Device) -> int:
+    """From as many rows of x on the weight is expanded into a workspace and multiplied densely."""
+    return _UNPACK_FROM[device.capability == (9, 0)]
+
+
+@dataclass(frozen=True)
+class UnpackPlan:
+    """A configuration of the kernel that expands a weight."""
+
+    defines: tuple[tuple[str, int], ...]
+    blocks: int
+    threads: int
+    shared: int
+    column_bytes: int
+
+
+def unpack_plan(
+    device: Device,
+    rows: int,
+    columns: int,
+    max_packets: int,
+    tile_words: int,
+    bf16: bool,
+    values: ValueKind = ValueKind.BITS16,
+) -> UnpackPlan:
+    """The configuration for a packed [rows, columns] weight whose lanes have ``max_packets`` in a tile at most."""
+    strips, _, tiles = grid(rows, columns, tile_words)
+    column_bytes = _column_bytes(max_packets, values)
+    a_warp = column_bytes + _UNPACK_STAGE
+    warps = min(_UNPACK_WARPS, (device.shared_memory - _STATIC_BYTES) // a_warp)
+    resident = max(1, min(8, device.shared_memory // (warps * a_warp + 1024)))
+    return UnpackPlan(
+        defines=(
+            ("ALIGNED", int(columns % 8 == 0)),
+            ("BF16", int(bf16)),
+            ("TILE_WORDS", tile_words),
+            ("VALUES", values.code),
+        ),
+        blocks=min(ceil_div(strips * tiles, warps), resident * device.multiprocessors),
+        threads=warps * LANES,
+        shared=warps * a_warp,
+        column_bytes=column_bytes,
+    )
+
+
+def _column_bytes(max_packets: int, values: ValueKind) -> int:
+    """Shared memory of a warp: its lanes' columns for a tile."""
+    return (values.packet_values * max(max_packets, 1) + 1) * 4 * LANES
+
+
+def _n_blocks(device: Device, rows: int, columns: int, n: int, column_bytes: int) -> int:
+    """Blocks of 8 rows of x that one pass over the weight takes."""
+    narrow = next((blocks for blocks in (1, 2, 4, 8) if n <= 8 * blocks), 8)
+    if n <= 64 or device.capability != (9, 0):
+        return narrow
+
+    def cycles(blocks: int) -> float:
+        jobs = ceil_div(rows, STRIP_ROWS * _WIDE_WARPS) * ceil_div(n, 8 * blocks)
+        _, words = _wide_shares(jobs, device.multiprocessors, ceil_div(columns, WORD_COLUMNS), blocks)
+        return words * (_WIDE_PRODUCTS * blocks + _WIDE_DECODE)
+
+    wide = [
+        blocks
+        for blocks in (32, 24, 16)
+        if _wide_stages(device, blocks * 8 * WORD_COLUMNS * 2, _WIDE_WARPS * column_bytes) >= _LEAST_STAGES
+    ]
+    return min(wide, key=cycles, default=narrow)
+
+
+def _wide_shares(jobs: int, most: int, words: int, n_blocks: int) -> tuple[int, float]:
+    """Blocks that jobs of so many words are dealt out to, ``most`` at most, and about how many words' time that takes.
+
+    An even share for all leaves nobody idle, but most blocks then have a part of two jobs that they share with others,
+    and adding up many sums is slow. Some blocks less may have whole jobs, or all of them the same part of one.
+    """
+    adding = n_blocks * _ADDING_UP
+    rounds, parts = ceil_div(jobs, most), most // jobs
+    choices = {min(most, jobs * words): jobs * words / most + 2 * adding, ceil_div(jobs, rounds): float(rounds * words)}
+    if parts > 1:
+        choices[jobs * parts] = words / parts + adding
+    best = min(choices, key=lambda blocks: choices[blocks])
+    return best, choices[best]
+
+
+def _wide_stages(device: Device, stage: int, columns: int) -> int:
+    """Pieces of x that fit into shared memory beside the warps' columns."""
+    return min(_MOST_STAGES, (device.shared_memory - _STATIC_BYTES - _RING_EXTRA - columns) // stage)
 
 
 def _best_warps(hopper: bool, n_blocks: int, tile_words: int) -> int:

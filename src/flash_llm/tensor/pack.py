@@ -132,6 +132,8 @@ def choose_tile_words(counts: Tensor, kind: ValueKind = ValueKind.BITS16) -> int
     for tile_words in sorted(TILE_WORDS, reverse=True):
         if tile_words > 2 * words:
             continue  # a smaller one covers the whole row as well
+        if tile_words > 1 and tile_words % 2:
+            continue  # wgmma would wait at each tile's end: see spmm_sm90.cu
         in_tiles = tile_counts(counts, tile_words)
         if int(in_tiles.max()) > LANE_CAPACITY:
             continue

@@ -73,6 +73,8 @@ struct Packets {
     for (int r = 0; r < AHEAD; ++r) {
       if (r < FULL || r < rows.most) store_packet(column, previous, held[r]);
     }
+    // One at a time. A packet that is loaded and then perhaps not stored would make the next load into its registers
+    // wait for whatever else is under way.
     int row = rest;
     for (int r = AHEAD; r < rows.most; ++r) {
       uint4 packet = {};

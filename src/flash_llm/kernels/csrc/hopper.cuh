@@ -48,30 +48,50 @@ template <int PENDING>
 DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
 
 #define SUM4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define WGMMA_TEXT(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." VALUE "." VALUE " "
+#define SUM16(j) SUM4(j), SUM4(j + 1), SUM4(j + 2), SUM4(j + 3)
+#define SUM64(j) SUM16(j), SUM16(j + 4), SUM16(j + 8), SUM16(j + 12)
+#define OUT10(a)                                                                                     \
+  "%" #a "0, %" #a "1, %" #a "2, %" #a "3, %" #a "4, %" #a "5, %" #a "6, %" #a "7, %" #a "8, %" #a "9, "
+#define OUT20(a, b) OUT10(a) OUT10(b)
+#define OUT60 OUT20(, 1) OUT20(2, 3) OUT20(4, 5)
+#define OUT100 OUT60 OUT20(6, 7) OUT20(8, 9)
+#define A_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+#define WGMMA_TEXT(n, p)                       \
+  "{.reg .pred add; setp.ne.b32 add, " #p ", 0; " \
+  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." VALUE "." VALUE " "
 
-// d [64 x 8 BLOCKS] += a [64 x 16] from registers times b [16 x 8 BLOCKS] from shared memory.
-DEVICE void wgmma(float (&d)[1][4], const uint32_t* a, uint64_t b) {
-  asm volatile(WGMMA_TEXT(8) "{%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, 1, 1, 1, 0;"
-               : SUM4(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+// d [64 x 8 BLOCKS] = a [64 x 16] from registers times b [16 x 8 BLOCKS] from shared memory, plus what d was, if `add`.
+DEVICE void wgmma(float (&d)[4][4], const uint32_t* a, uint64_t b, int add) {
+  asm volatile(WGMMA_TEXT(32, %21) "{" OUT10() "%10, %11, %12, %13, %14, %15}, "
+               "{%16, %17, %18, %19}, %20, add, 1, 1, 0;}"
+               : SUM16(0) : A_REGISTERS, "l"(b), "r"(add));
 }
-DEVICE void wgmma(float (&d)[2][4], const uint32_t* a, uint64_t b) {
-  asm volatile(WGMMA_TEXT(16) "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
-               : SUM4(0), SUM4(1) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+DEVICE void wgmma(float (&d)[8][4], const uint32_t* a, uint64_t b, int add) {
+  asm volatile(WGMMA_TEXT(64, %37) "{" OUT20(, 1) OUT10(2) "%30, %31}, "
+               "{%32, %33, %34, %35}, %36, add, 1, 1, 0;}"
+               : SUM16(0), SUM16(4) : A_REGISTERS, "l"(b), "r"(add));
 }
-DEVICE void wgmma(float (&d)[4][4], const uint32_t* a, uint64_t b) {
-  asm volatile(WGMMA_TEXT(32)
-               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-               "{%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
-               : SUM4(0), SUM4(1), SUM4(2), SUM4(3) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+DEVICE void wgmma(float (&d)[16][4], const uint32_t* a, uint64_t b, int add) {
+  asm volatile(WGMMA_TEXT(128, %69) "{" OUT60 "%60, %61, %62, %63}, "
+               "{%64, %65, %66, %67}, %68, add, 1, 1, 0;}"
+               : SUM64(0) : A_REGISTERS, "l"(b), "r"(add));
 }
-DEVICE void wgmma(float (&d)[8][4], const uint32_t* a, uint64_t b) {
-  asm volatile(WGMMA_TEXT(64)
-               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-               "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-               : SUM4(0), SUM4(1), SUM4(2), SUM4(3), SUM4(4), SUM4(5), SUM4(6), SUM4(7)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+DEVICE void wgmma(float (&d)[24][4], const uint32_t* a, uint64_t b, int add) {
+  asm volatile(WGMMA_TEXT(192, %101) "{" OUT60 OUT20(6, 7) OUT10(8) "%90, %91, %92, %93, %94, %95}, "
+               "{%96, %97, %98, %99}, %100, add, 1, 1, 0;}"
+               : SUM64(0), SUM16(16), SUM16(20) : A_REGISTERS, "l"(b), "r"(add));
+}
+DEVICE void wgmma(float (&d)[32][4], const uint32_t* a, uint64_t b, int add) {
+  asm volatile(WGMMA_TEXT(256, %133) "{" OUT100 OUT20(10, 11) "%120, %121, %122, %123, %124, %125, %126, %127}, "
+               "{%128, %129, %130, %131}, %132, add, 1, 1, 0;}"
+               : SUM64(0), SUM64(16) : A_REGISTERS, "l"(b), "r"(add));
 }
 #undef SUM4
+#undef SUM16
+#undef SUM64
+#undef OUT10
+#undef OUT20
+#undef OUT60
+#undef OUT100
+#undef A_REGISTERS
 #undef WGMMA_TEXT

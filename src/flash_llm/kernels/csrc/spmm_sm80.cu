@@ -11,13 +11,17 @@ constexpr int X_PASSES = (N_BLOCKS * 8 + X_ROWS_PASS - 1) / X_ROWS_PASS;
 struct XCopy {
   const uint16_t* source;  // of this thread's first piece in column 0
   uint32_t target;
-  int row, column;
+  int row, column, left;  // left: rows of X from this job's first on
 
-  DEVICE XCopy(const SpmmParams& p, uint32_t stages) {
+  DEVICE XCopy(const SpmmParams& p, uint32_t stages, int n) {
     row = threadIdx.x / X_PIECES_ROW;
     column = (threadIdx.x % X_PIECES_ROW) * 8;
-    source = p.x + row * p.x_stride + column;
     target = stages + row * X_PITCH + column * 2;
+    begin_job(p, n);
+  }
+  DEVICE void begin_job(const SpmmParams& p, int n) {
+    source = p.x + (n + row) * p.x_stride + column;
+    left = p.n - n;
   }
   // Columns [first, first + CHUNK_WORDS * 64).
   DEVICE void start(const SpmmParams& p, uint32_t stage, int first) const {
@@ -25,7 +29,7 @@ struct XCopy {
 #pragma unroll
       for (int i = 0; i < X_PASSES; ++i) {
         const int r = row + i * X_ROWS_PASS;
-        const bool valid = r < p.n && first + column < p.columns;
+        const bool valid = r < left && first + column < p.columns;
         if (r < N_BLOCKS * 8) {
           copy_async(target + stage + i * X_ROWS_PASS * X_PITCH,
                      valid ? source + first + i * X_ROWS_PASS * p.x_stride : p.x, valid);
@@ -77,10 +81,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) spmm(const __grid_const
 
   const int begin = first_unit(p, blockIdx.x), end = first_unit(p, blockIdx.x + 1);
   if (begin == end) return;
-  int row_block = begin / p.tiles, tile = begin - row_block * p.tiles;
+  int job = begin / p.tiles, tile = begin - job * p.tiles;
+  const Job begun(p, job);
 
   // The weights of the first tiles are on their way before X may be read.
-  Cursor ahead{tile, row_block * WARPS + warp, end - begin};
+  Cursor ahead{tile, begun.row_block * WARPS + warp, end - begin};
   ahead.begin_strip(p, lane);
   uint32_t words[TILE_WORDS], later[TILE_WORDS];
   Packets<PACKETS_AHEAD, LIKELY_FULL> packets = {};
@@ -94,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) spmm(const __grid_const
   packets.load(p.packets + first_offset, packet_rows(words), lane);
 
   wait_dependencies();
-  const XCopy x_copy(p, x_stages);
+  XCopy x_copy(p, x_stages, begun.n);
   x_copy.start(p, 0, tile * TILE_WORDS * WORD_COLUMNS);
   uint32_t stage = 0;  // offset of the stage in use
   float sum[N_BLOCKS][4] = {};
@@ -111,6 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) spmm(const __grid_const
       if (c + 1 < CHUNKS) {
         x_copy.start(p, stage ^ X_STAGE, (tile * TILE_WORDS + (c + 1) * CHUNK_WORDS) * WORD_COLUMNS);
       } else if (unit + 1 < end) {
+        if (last_tile) x_copy.begin_job(p, Job(p, job + 1).n);
         x_copy.start(p, stage ^ X_STAGE, last_tile ? 0 : (tile + 1) * TILE_WORDS * WORD_COLUMNS);
       }
       const uint32_t x = x_lane + stage;
@@ -130,11 +136,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) spmm(const __grid_const
       stage ^= X_STAGE;
     }
     if (last_tile || unit + 1 == end) {
-      finish_row_block(p, sum, row_block, begin, end, warp, lane);
+      finish_job(p, sum, job, begin, end, warp, lane);
+      clear(sum);
     }
     if (last_tile) {
       tile = 0;
-      ++row_block;
+      ++job;
     } else {
       ++tile;
     }

@@ -1,21 +1,20 @@
 // The multiplying kernel for Hopper: X comes by the tensor copy engine, and from N = 32 on wgmma multiplies.
 //
-// Also compiled with STAGES, the pieces of X that are in flight or in use, REGISTERS of a multiplying thread, RESIDENT
-// blocks that are to share a multiprocessor, and WGMMA, 0 or 1. A warp of its own fetches the pieces; the others wait only
+// Also compiled with STAGES, the pieces of X that are in flight or in use, REGISTERS of a multiplying thread, FETCH_REGISTERS
+// of a fetching one, RESIDENT blocks that are to share a multiprocessor, and WGMMA, 0 or 1. A warp of its own fetches the pieces; the others wait only
 // for the piece they need and tell when they are done with it, so that they may drift apart.
 #include "hopper.cuh"
 #include "spmm.cuh"
 
 struct Params {
-  TensorMap x;  // boxes of N_BLOCKS * 8 rows and 64 columns, swizzled by 128 bytes
+  TensorMap x;  // boxes of N_TILE rows and 64 columns, swizzled by 128 bytes
   SpmmParams spmm;
 };
 
-constexpr int X_WORD = N_BLOCKS * 8 * WORD_COLUMNS * 2;  // bytes of X for one word
+constexpr int X_WORD = N_TILE * WORD_COLUMNS * 2;  // bytes of X for one word
 constexpr int X_STAGE = CHUNK_WORDS * X_WORD;
 constexpr int RING_ALIGN = 1024;                         // of a swizzled box
 constexpr int FETCH_THREADS = 128;                       // a warpgroup, since registers are dealt out by warpgroups
-constexpr int FETCH_REGISTERS = 32;
 
 // The ring of pieces of X, as one warp sees it. Each place has two barriers: the piece is there; all are done with it.
 struct Ring {
@@ -37,31 +36,39 @@ struct Ring {
 };
 
 // One thread fetches all pieces of X that this block's tiles need, in order.
-DEVICE void fetch_x(const Params& p, Ring ring, int tile, int tiles) {
-  for (; tiles > 0; --tiles) {
+DEVICE void fetch_x(const Params& p, Ring ring, int job, int tile, int units) {
+  int n = Job(p.spmm, job).n;
+  for (; units > 0; --units) {
     for (int part = 0; part < CHUNKS; ++part) {
       const int words = min(CHUNK_WORDS, TILE_WORDS - part * CHUNK_WORDS);
       const int first = (tile * TILE_WORDS + part * CHUNK_WORDS) * WORD_COLUMNS;
       const uint32_t full = ring.full + ring.place * 8;
       barrier_wait(ring.empty + ring.place * 8, ring.parity ^ 1);
       barrier_expect(full, words * X_WORD);
-      for (int i = 0; i < words; ++i) copy_box(ring.piece() + i * X_WORD, &p.x, first + i * WORD_COLUMNS, 0, full);
+      for (int i = 0; i < words; ++i) copy_box(ring.piece() + i * X_WORD, &p.x, first + i * WORD_COLUMNS, n, full);
       ring.advance();
     }
-    if (++tile == p.spmm.tiles) tile = 0;
+    if (++tile == p.spmm.tiles) {
+      tile = 0;
+      n = Job(p.spmm, ++job).n;
+    }
   }
 }
 
 #if WGMMA
 // Multiplies words by their columns of X, asynchronously: the products of the word before are done when multiply returns.
+// `anew` begins new sums. (Setting them to zero instead would make the compiler keep two sets of registers; and a job's end
+// inside of the loop over its tiles would make it wait for all products after each tile.)
 struct Multiplier {
   uint64_t x;
 
+  DEVICE void begin_job(float (&)[N_BLOCKS][4]) const {}
+  DEVICE void finish() const { wgmma_wait<0>(); }
   DEVICE void begin_piece(uint32_t piece) { x = swizzled_descriptor(piece); }
-  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[16], int i) const {
+  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[16], int i, bool anew) const {
     wgmma_fence();
 #pragma unroll
-    for (int s = 0; s < 4; ++s) wgmma(sum, a + 4 * s, x + ((i * X_WORD + s * 32) >> 4));
+    for (int s = 0; s < 4; ++s) wgmma(sum, a + 4 * s, x + ((i * X_WORD + s * 32) >> 4), s > 0 || !anew);
     wgmma_commit();
     wgmma_wait<1>();
   }
@@ -72,6 +79,8 @@ struct Multiplier {
   static constexpr int LOADS = N_BLOCKS == 1 ? 2 : 4;  // of a word, for one block of n or two
   uint32_t x[LOADS];
 
+  DEVICE void begin_job(float (&sum)[N_BLOCKS][4]) const { clear(sum); }
+  DEVICE void finish() const {}
   // ldmatrix: lanes 0-7 give the rows of the first 8x8 matrix, and so on. One block of n: its four matrices are four
   // pieces of 8 columns; more: two pieces of columns for each of two blocks of n. Swizzled: piece ^ row.
   DEVICE void begin_piece(uint32_t piece) {
@@ -81,7 +90,7 @@ struct Multiplier {
 #pragma unroll
     for (int i = 0; i < LOADS; ++i) x[i] = piece + row * 128 + (((column + i * (8 / LOADS)) ^ (lane & 7)) << 4);
   }
-  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[16], int i) const {
+  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[16], int i, bool) const {
     uint32_t b[4];
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
@@ -109,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
   const int begin = first_unit(p, blockIdx.x), end = first_unit(p, blockIdx.x + 1);
   if (begin == end) return;
-  int row_block = begin / p.tiles, tile = begin - row_block * p.tiles;
+  int job = begin / p.tiles, tile = begin - job * p.tiles;
 
   const uint32_t stages = (shared_address(memory) + RING_ALIGN - 1) & ~(RING_ALIGN - 1u);
   const uint32_t full = stages + STAGES * X_STAGE;
@@ -120,14 +129,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
   if (warp >= WARPS) {
     give_registers<FETCH_REGISTERS>();
     wait_dependencies();
-    if (threadIdx.x == THREADS) fetch_x(params, ring, tile, end - begin);
+    if (threadIdx.x == THREADS) fetch_x(params, ring, job, tile, end - begin);
     return;
   }
   take_registers<REGISTERS>();
 
   // The weights of the first tiles are on their way before X may be read.
   const uint32_t base = full + 128 + warp * p.column_bytes + lane * 4;
-  Cursor ahead{tile, row_block * WARPS + warp, end - begin};
+  Cursor ahead{tile, Job(p, job).row_block * WARPS + warp, end - begin};
   ahead.begin_strip(p, lane);
   uint32_t words[TILE_WORDS], later[TILE_WORDS];
   Packets<PACKETS_AHEAD, LIKELY_FULL> packets = {};
@@ -145,51 +154,45 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
   // A piece of X may be overwritten once ldmatrix has delivered it, not once it was issued, and nothing but the use of
   // what it delivers tells that. So the release is made to depend on the last product, through a zero that the compiler
   // can't know to be one. (wgmma has wgmma_wait for this.)
-  const uint32_t never = WGMMA ? 0 : (uint32_t)p.n >> 16;
+  const uint32_t never = WGMMA ? 0 : (uint32_t)p.n >> 31;
   uint32_t products_done = 0;
 
-  for (int unit = begin; unit < end; ++unit) {
-    packets.store(base, lane);
-    ahead.advance(p, lane);  // to the tile after the next
-    uint32_t column = base;
+  for (int unit = begin; unit < end; ++job) {
+    const int first = unit, last = min(end, (job + 1) * p.tiles);
+    multiplier.begin_job(sum);
+    for (; unit < last; ++unit) {
+      packets.store(base, lane);
+      ahead.advance(p, lane);  // to the tile after the next
+      uint32_t column = base;
 #pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) {
-      ring.wait();
-      multiplier.begin_piece(ring.piece());
+      for (int c = 0; c < CHUNKS; ++c) {
+        ring.wait();
+        multiplier.begin_piece(ring.piece());
 #pragma unroll
-      for (int i = 0; i < CHUNK_WORDS; ++i) {
-        const int w = c * CHUNK_WORDS + i;
-        if (w < TILE_WORDS) {
-          uint32_t a[16];
-          expand_word(a, words[w], column);
-          multiplier.multiply(sum, a, i);
-          words[w] = later[w];
-          later[w] = ahead.word(p, w);
-          // Only now are all products of the piece before this one done.
-          if (i == 0 && lane == 0 && (c > 0 || unit > begin)) ring.release_before(products_done);
-          if (w == LOAD_AFTER) {
-            packets.load(p.packets + next_offset, next_packet_rows(words, later), lane);  // of the next tile
-            next_offset = __ldg(ahead.offset);
+        for (int i = 0; i < CHUNK_WORDS; ++i) {
+          const int w = c * CHUNK_WORDS + i;
+          if (w < TILE_WORDS) {
+            uint32_t a[16];
+            expand_word(a, words[w], column);
+            multiplier.multiply(sum, a, i, w == 0 && unit == first);
+            words[w] = later[w];
+            later[w] = ahead.word(p, w);
+            // Only now are all products of the piece before this one done.
+            if (i == 0 && lane == 0 && (c > 0 || unit > begin)) ring.release_before(products_done);
+            if (w == LOAD_AFTER) {
+              packets.load(p.packets + next_offset, next_packet_rows(words, later), lane);  // of the next tile
+              next_offset = __ldg(ahead.offset);
+            }
           }
         }
+        products_done = __float_as_uint(sum[N_BLOCKS - 1][0]) & never;
+        ring.advance();
       }
-      products_done = __float_as_uint(sum[N_BLOCKS - 1][0]) & never;
-      ring.advance();
+      // wgmma reads A from two words' registers in turn. After an odd number of words the next tile's first would be
+      // written while it is still read: unless the compiler sees that nothing is under way, it makes every wgmma wait.
+      if constexpr (TILE_WORDS % 2 == 1) multiplier.finish();
     }
-    const bool last_tile = tile + 1 == p.tiles;
-    if (last_tile || unit + 1 == end) {
-#if WGMMA
-      wgmma_wait<0>();
-#pragma unroll
-      for (int i = 0; i < ACCUMULATORS; ++i) asm volatile("" : "+f"(sum[i / 4][i % 4])::"memory");
-#endif
-      finish_row_block(p, sum, row_block, begin, end, warp, lane);
-    }
-    if (last_tile) {
-      tile = 0;
-      ++row_block;
-    } else {
-      ++tile;
-    }
+    multiplier.finish();
+    finish_job(p, sum, job, begin, end, warp, lane);
   }
 }
