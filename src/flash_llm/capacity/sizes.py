@@ -10,12 +10,12 @@ import torch
 
 from flash_llm.checkpoint import WORTH
 from flash_llm.tensor.layout import (
+    CHOSEN_TILE_WORDS,
     LANE_CAPACITY,
     LANES,
     MAX_PADDING,
     PACKET_VALUES,
     STRIP_ROWS,
-    TILE_WORDS,
     WORD_BITS,
     grid,
 )
@@ -105,7 +105,7 @@ def expected_tile_words(rows: int, columns: int, sparsity: float) -> int:
     nonzeros = rows * columns * density
     wanted = MAX_PADDING * (2 * nonzeros + strips * words * LANES * 4)
     best: tuple[bool, float, int] | None = None
-    for tile_words in sorted(TILE_WORDS, reverse=True):
+    for tile_words in sorted(CHOSEN_TILE_WORDS, reverse=True):
         if tile_words > 2 * words:
             continue
         tiles = grid(rows, columns, tile_words)[2]
@@ -119,7 +119,7 @@ def expected_tile_words(rows: int, columns: int, sparsity: float) -> int:
         work = busiest_work(strips, tiles, tile_words, int(packets))
         if best is None or (padded, work) < best[:2]:
             best = (padded, work, tile_words)
-    return best[2] if best else min(TILE_WORDS)
+    return best[2] if best else min(CHOSEN_TILE_WORDS)
 
 
 def _packets(rows: int, columns: int, density: float, tile_words: int) -> float:
