@@ -92,7 +92,7 @@ def test_packed_bytes_at_the_ends() -> None:
 @pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.8])
 @pytest.mark.parametrize("per_row", [True, False])
 def test_packed_bytes_of_smollm2(smollm2: Path, sparsity: float, per_row: bool) -> None:
-    """Two blocks of a real model and their share of its embedding, pruned by magnitude: to 2 %.
+    """Two blocks of a real model and their share of its embedding, pruned by magnitude: to 2 %, each layer to 3 %.
 
     Compared within rows, as by Wanda, every layer is near. Compared within layers some rows are far denser than others,
     which asks for smaller tiles in small layers.
@@ -106,7 +106,7 @@ def test_packed_bytes_of_smollm2(smollm2: Path, sparsity: float, per_row: bool) 
             pruned = method.prune(tensors.get_tensor(name).half(), None, sparsity)
             packed = PackedWeight.from_dense(pruned)
             expected = packed_nbytes(*packed.shape, packed.sparsity)
-            assert expected == pytest.approx(packed.nbytes, rel=0.02 if per_row else 0.1)
+            assert expected == pytest.approx(packed.nbytes, rel=0.03 if per_row else 0.1)
             real, predicted = real + packed.nbytes, predicted + expected
     embedding = load_model("smollm2-135m").embedding * 2 // 15
     assert real > 3_000_000
