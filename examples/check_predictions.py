@@ -199,7 +199,7 @@ def engine_table(report: dict[str, Any], on: Rates) -> list[str]:
 
 
 def sparse_engine_table(report: dict[str, Any], on: Rates) -> list[str]:
-    """Decode steps of sparse models, to which nothing is fitted: the kernel's fit and what vLLM adds to dense models."""
+    """Decode steps of sparse models: by the kernel's fit and what vLLM adds to dense models, nothing fitted to them."""
     name = report["settings"]["model"]
     lines = [
         "",
