@@ -3,8 +3,9 @@
     python examples/check_predictions.py           # the tables of docs/hardware.md
     python examples/check_predictions.py --fit     # writes src/flash_llm/capacity/efficiency.json
 
-Measurements: docs/results/kernels-h100.json (`flash-llm bench kernels`), vllm-dense-h100.json (dense models in vLLM)
-and, if it is there, machine-h100.json (`flash-llm bench machine`).
+Measurements: docs/results/kernels-h100.json (`flash-llm bench kernels`), kernels-n-h100.json (the same over many
+numbers of rows of x), vllm-dense-h100.json (dense models in vLLM), e2e-opt-30b-h100.json (sparse ones, `flash-llm bench
+e2e`) and, if it is there, machine-h100.json (`flash-llm bench machine`).
 """
 
 from __future__ import annotations
@@ -105,8 +106,14 @@ def tables() -> str:
         "### The sparse kernel",
         *kernel_table(kernels, rates(gpu)),
         "",
+        "### More rows of x",
+        *many_rows_table(read("kernels-n-h100.json"), rates(gpu), kernels["results"][-1]["n"]),
+        "",
         "### Decode steps in vLLM",
         *engine_table(engine, rates(gpu)),
+        "",
+        "### Sparse models in vLLM",
+        *sparse_engine_table(read("e2e-opt-30b-h100.json"), rates(gpu)),
         "",
         "### Memory in vLLM",
         *memory_table(engine, rates(gpu)),
@@ -136,6 +143,22 @@ def kernel_table(report: dict[str, Any], on: Rates) -> list[str]:
             f"| {n} | {sparsity:.0%} | {len(rows)} | {mean:.1%} | {times[worst]:+.1%} | {where} | "
             f"{max(sizes, key=abs):+.2%} |"
         )
+    return lines
+
+
+def many_rows_table(report: dict[str, Any], on: Rates, fitted: int) -> list[str]:
+    """Errors of the sparse product's time above the numbers of rows of x that were fitted: one line for each number."""
+    line = Roofline(ModelShape("", 0, (), (0, 0), 0, (), 1, 0, None), on, 1, efficiency())
+    cases: dict[tuple[str, float], dict[int, float]] = {}
+    for row in report["results"]:
+        if row["n"] > fitted:
+            predicted = line.matrix_us(Format("sparse", row["sparsity"]), row["rows"], row["columns"], row["n"])
+            case = f"{row['rows']}x{row['columns']}", row["sparsity"]
+            cases.setdefault(case, {})[row["n"]] = predicted / row["us"] - 1
+    lines = ["", "| N | " + " | ".join(f"{where}, {zeros:.0%}" for where, zeros in cases) + " |"]
+    lines.append("|---" * (1 + len(cases)) + "|")
+    for n in sorted({n for errors in cases.values() for n in errors}):
+        lines.append(f"| {n} | " + " | ".join(f"{errors[n]:+.1%}" for errors in cases.values()) + " |")
     return lines
 
 
@@ -172,6 +195,27 @@ def engine_table(report: dict[str, Any], on: Rates) -> list[str]:
             f"{tokens / row['tokens_per_gpu_second'] - 1:+.1%}",
         )
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def sparse_engine_table(report: dict[str, Any], on: Rates) -> list[str]:
+    """Decode steps of sparse models: by the kernel's fit and what vLLM adds to dense models, nothing fitted to them."""
+    name = report["settings"]["model"]
+    lines = [
+        "",
+        "| model | zeros | GPUs | batch | step, measured | predicted | error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["results"]:
+        if row["sparsity"] is not None:
+            line = Roofline(shape(name), on, row["gpus"], efficiency())
+            context = row["input_len"] + row["output_len"] / 2
+            step = line.step_us(Format("sparse", row["sparsity"]), row["batch"], context) * 1e-3
+            real = row["time_per_output_token_ms"]
+            lines.append(
+                f"| {name} | {row['sparsity']:.0%} | {row['gpus']} | {row['batch']} | {real:.1f} ms | {step:.1f} ms | "
+                f"{step / real - 1:+.1%} |"
+            )
     return lines
 
 

@@ -17,6 +17,7 @@ ALL_REDUCES = 2
 SLOW_ALL_REDUCE = 4.0
 """How many times NVLink's latency a sum takes over PCIe. Assumed."""
 
+_NOT_OVERLAPPED = 0.25  # of a sparse weight's decoding with many rows of x: see docs/hardware.md
 _BYTES = 2  # of an activation, of an element of the KV cache, and of a weight that stays dense
 
 
@@ -34,6 +35,7 @@ class Rates:
         link: bytes a second between GPUs, in one direction.
         all_reduce: how many times the reference's latency a sum over GPUs takes.
         measured: whether memory, read and matrix are measured on this very GPU.
+        wide: whether the sparse kernel takes more than 64 rows of x at a time.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Rates:
     link: float
     all_reduce: float
     measured: bool
+    wide: bool
 
 
 def rates(gpu: Gpu, machine: Machine | None = None, known: Efficiency | None = None) -> Rates:
@@ -70,6 +73,7 @@ def rates(gpu: Gpu, machine: Machine | None = None, known: Efficiency | None = N
         link=gpu.link,
         all_reduce=1.0 if gpu.nvlink else SLOW_ALL_REDUCE,
         measured=machine is not None,
+        wide=gpu.capability == (9, 0),
     )
 
 
@@ -151,14 +155,20 @@ class Roofline:
         return self.known.dense.launch_us * self.rates.overhead + max(reading, computing)
 
     def _sparse_us(self, form: Format, rows: int, columns: int, n: int) -> float:
-        """In turns of as many rows of x as one launch was measured with, or unpacked and multiplied densely."""
+        """By the sparse kernel, or unpacked and multiplied densely.
+
+        Of many rows of x the kernel takes as many at a time as were measured; Hopper's takes more, and multiplies while
+        it decodes.
+        """
         most = self.known.sparse.n[-1]
-        turns, rest = divmod(n, most)
-        kernel = turns * self._spmm_us(form, rows, columns, most)
-        kernel += self._spmm_us(form, rows, columns, rest) if rest else 0.0
         if n <= most:
-            return kernel
-        dense = Format("dense")
+            return self._spmm_us(form, rows, columns, n)
+        dense, decoding = Format("dense"), self._spmm_us(form, rows, columns, most)
+        turns, rest = divmod(n, most)
+        kernel = turns * decoding + (self._spmm_us(form, rows, columns, rest) if rest else 0.0)
+        if self.rates.wide:
+            products = 2.0 * n * rows * columns / self.rates.matrix * 1e6
+            kernel = min(kernel, max(products, decoding) + _NOT_OVERLAPPED * decoding)
         unpacking = (form.nbytes(rows, columns) + dense.nbytes(rows, columns)) / (
             self.rates.read * self.known.dense.read
         )

@@ -11,12 +11,12 @@ import torch
 
 from flash_llm.checkpoint import WORTH
 from flash_llm.tensor.layout import (
+    CHOSEN_TILE_WORDS,
     LANE_CAPACITY,
     LANES,
     MAX_PADDING,
     PACKET_BYTES,
     STRIP_ROWS,
-    TILE_WORDS,
     WORD_BITS,
     ValueKind,
     grid,
@@ -130,7 +130,7 @@ def expected_tile_words(rows: int, columns: int, sparsity: float, values: ValueK
     nonzeros = rows * columns * density
     wanted = MAX_PADDING * (values.nbytes * nonzeros + strips * words * LANES * 4)
     best: tuple[bool, float, int] | None = None
-    for tile_words in sorted(TILE_WORDS, reverse=True):
+    for tile_words in sorted(CHOSEN_TILE_WORDS, reverse=True):
         if tile_words > 2 * words:
             continue
         tiles = grid(rows, columns, tile_words)[2]
@@ -144,7 +144,7 @@ def expected_tile_words(rows: int, columns: int, sparsity: float, values: ValueK
         work = busiest_work(strips, tiles, tile_words, int(packets), values)
         if best is None or (padded, work) < best[:2]:
             best = (padded, work, tile_words)
-    return best[2] if best else min(TILE_WORDS)
+    return best[2] if best else min(CHOSEN_TILE_WORDS)
 
 
 def _packets(rows: int, columns: int, density: float, tile_words: int, per_packet: int) -> float:

@@ -42,6 +42,10 @@ MAX_PADDING = 0.075
 TILE_WORDS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 """Tile sizes that kernels are built for. With one or two words a lane can't exceed LANE_CAPACITY at any sparsity."""
 
+CHOSEN_TILE_WORDS = tuple(size for size in TILE_WORDS if size == 1 or size % 2 == 0)
+"""Tile sizes that matrices are packed with: after an odd number of words ``wgmma`` waits, see ``spmm_sm90.cu``."""
+
+
 VALUE_DTYPES = (torch.float16, torch.bfloat16)
 """What a packed weight is a matrix of, and so what x is of."""
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from flash_llm.tensor.layout import (
+    CHOSEN_TILE_WORDS,
     LANE_CAPACITY,
     LANES,
     MAX_PADDING,
     PACKET_VALUES,
     STRIP_ROWS,
-    TILE_WORDS,
     WORD_BITS,
     WORD_COLUMNS,
     ValueKind,
@@ -129,11 +129,9 @@ def choose_tile_words(counts: Tensor, kind: ValueKind = ValueKind.BITS16) -> int
     nonzeros = int(counts.sum(dtype=torch.int64))
     wanted = MAX_PADDING * (kind.nbytes * nonzeros + strips * words * lanes * 4)
     best: tuple[bool, float, int] | None = None
-    for tile_words in sorted(TILE_WORDS, reverse=True):
+    for tile_words in sorted(CHOSEN_TILE_WORDS, reverse=True):
         if tile_words > 2 * words:
             continue  # a smaller one covers the whole row as well
-        if tile_words > 1 and tile_words % 2:
-            continue  # wgmma would wait at each tile's end: see spmm_sm90.cu
         in_tiles = tile_counts(counts, tile_words)
         if int(in_tiles.max()) > LANE_CAPACITY:
             continue
@@ -144,7 +142,7 @@ def choose_tile_words(counts: Tensor, kind: ValueKind = ValueKind.BITS16) -> int
         work = busiest_work(strips, in_tiles.shape[1], tile_words, packets, kind)
         if best is None or (padded, work) < best[:2]:
             best = (padded, work, tile_words)
-    return best[2] if best else min(TILE_WORDS)
+    return best[2] if best else min(CHOSEN_TILE_WORDS)
 
 
 def busiest_work(strips: int, tiles: int, tile_words: int, packets: int, kind: ValueKind = ValueKind.BITS16) -> float:
