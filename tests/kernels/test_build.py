@@ -29,7 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def fresh(cache: Path) -> Iterator[None]:
     """Without what was found out about the compiler in this process, before and after."""
-    found = (build.compiler_version, build._compiler, build._digest)
+    found = (build.compiler_version, build.compiler, build._digest)
     for function in found:
         function.cache_clear()
     yield

@@ -13,6 +13,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from flash_llm.bench.shapes import Shape
 from flash_llm.bench.timing import Meter
 from flash_llm.environment import environment as machine
 from flash_llm.errors import KernelError
-from flash_llm.kernels import choice, cuda, tuned
+from flash_llm.kernels import ahead, choice, cuda, tuned
 from flash_llm.tensor import PackedWeight, ValueKind
 from flash_llm.tensor.layout import VALUE_DTYPES
 
@@ -212,6 +213,8 @@ def _sparsity(
     weight = _random(shape, run, generator)
     weight.masked_fill_(torch.rand(shape, generator=generator, device=weight.device) < sparsity, 0)
     packed = PackedWeight.from_dense(weight, values=run.settings.values)
+    if weight.device.type == "cuda":
+        wait(ahead.begin_weight(packed, xs))
     stored = weight if packed.scales is None else packed.to_dense(torch.float32)
     weights = [packed] + [clone(packed) for _ in range(timing.copies(packed.nbytes) - 1)]
     rows: list[Row] = [
@@ -249,7 +252,7 @@ def _sparse(run: _Run, weights: list[PackedWeight], x: Tensor, dense: Row, weigh
         "bytes_an_element": packed.nbytes / (rows * columns),
         "relative_error": error,
         "tile_words": packed.tile_words,
-        "kernel": cuda.source_for(packed, n) if packed.device.type == "cuda" else "reference",
+        "kernel": cuda.configuration(packed, n)[0] if packed.device.type == "cuda" else "reference",
         "rotated_bytes": len(weights) * packed.nbytes,
     }
 

@@ -53,7 +53,7 @@ def compile_kernel(source: str, defines: tuple[tuple[str, int], ...], arch: str)
 
 def compile_cubin(source: str, defines: tuple[tuple[str, int], ...], arch: str) -> tuple[bytes, str]:
     """The binary of ``csrc/<source>``, and what the compiler said, with each kernel's registers, spills and stack."""
-    program_type, options_type = _compiler()
+    program_type, options_type = compiler()
     options = options_type(
         arch=arch,
         std="c++17",
@@ -89,7 +89,8 @@ def compiler_version() -> str:
 
 
 @functools.cache
-def _compiler() -> tuple[Any, Any]:
+def compiler() -> tuple[Any, Any]:
+    """``cuda.core``'s Program and ProgramOptions, or a KernelError that says how to get them."""
     compiler_version()
     try:
         from cuda.core import Program, ProgramOptions

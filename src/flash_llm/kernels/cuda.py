@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from flash_llm.kernels import choice, counters, launch, plan, tuned
+from flash_llm.kernels import ahead, choice, counters, launch, plan, tuned
 from flash_llm.tensor import PackedWeight
 from flash_llm.tensor.layout import WORD_COLUMNS, ValueKind, grid
 
@@ -68,8 +68,7 @@ def unpack(weight: PackedWeight) -> Tensor:
     device = weight.device.index
     dense = torch.empty(rows, columns, dtype=weight.dtype, device=weight.device)
     strips, words, tiles = grid(rows, columns, weight.tile_words)
-    sizes = (rows, columns, weight.max_packets, weight.tile_words)
-    chosen = plan.unpack_plan(device_properties(device), *sizes, bool(_is_bf16(weight)), weight.kind)
+    chosen = _unpack_plan(weight)
     numbers = (rows, columns, words, tiles, strips * tiles, chosen.column_bytes)
     params = _UnpackParams(*_pointers(weight), _scales(weight), dense.data_ptr(), *numbers)
     kernel = launch.get("unpack.cu", "unpack", chosen.defines, launch.architecture(device))
@@ -131,11 +130,18 @@ def _x_map(x: Tensor, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
     return (ctypes.c_uint64 * 16).from_buffer_copy(ctypes.string_at(tensor_map.getPtr(), 128))
 
 
-def source_for(weight: PackedWeight, n: int) -> str:
-    """The file in ``csrc`` of the kernel that a weight on a GPU takes for n rows of x, at least 1."""
+def configuration(weight: PackedWeight, n: int) -> ahead.Configuration:
+    """Source, defines and architecture of the kernel that a weight on a GPU takes for n rows of x, at least 1."""
+    arch = launch.architecture(weight.device.index)
     if n >= plan.unpack_from(seen(weight.device.index)):
-        return "unpack.cu"
-    return plan_for(weight, plan.rows_in_a_pass(n, weight.shape[1])).source
+        return "unpack.cu", _unpack_plan(weight).defines, arch
+    chosen = plan_for(weight, plan.rows_in_a_pass(n, weight.shape[1]))
+    return chosen.source, chosen.defines, arch
+
+
+def _unpack_plan(weight: PackedWeight) -> plan.UnpackPlan:
+    sizes = (*weight.shape, weight.max_packets, weight.tile_words)
+    return plan.unpack_plan(device_properties(weight.device.index), *sizes, bool(_is_bf16(weight)), weight.kind)
 
 
 def seen(device: int) -> plan.Device:

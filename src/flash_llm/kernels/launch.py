@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flash_llm.errors import KernelError
-from flash_llm.kernels import build
+from flash_llm.kernels import ahead, build
 
 _PROGRAMMATIC = 1
 
@@ -93,4 +93,4 @@ class Kernel:
 @functools.cache
 def get(source: str, name: str, defines: tuple[tuple[str, int], ...], arch: str) -> Kernel:
     """The kernel ``name`` of ``csrc/<source>``, compiled if need be and loaded once a process."""
-    return Kernel(build.compile_kernel(source, defines, arch), name)
+    return Kernel(ahead.compiled(source, defines, arch), name)

@@ -17,7 +17,7 @@ from flash_llm.checkpoint import pack_if_smaller
 from flash_llm.errors import CheckpointError, SlowPathWarning
 from flash_llm.integrations.vllm.operator import linear_at, remember
 from flash_llm.integrations.vllm.shares import Part, Rank, Shares
-from flash_llm.kernels import launch
+from flash_llm.kernels import ahead, launch
 from flash_llm.nn import BUFFERS, EXPANDED
 from flash_llm.tensor import PackedWeight, ValueKind
 from flash_llm.tensor.dummy import random_packed
@@ -141,6 +141,7 @@ class PackedLinearMethod(LinearMethodBase):
                 delattr(layer, name)  # scales, which 16-bit values have none of
         layer.packed = remember(weight)
         self.rows = weight.shape[0]
+        ahead.begin_weight(weight)  # while the next layers are loading
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._dense is not None:
