@@ -1,8 +1,9 @@
 // The multiplying kernel for Hopper: X comes by the tensor copy engine, and from N = 32 on wgmma multiplies.
 //
-// Also compiled with STAGES, the pieces of X that are in flight or in use, REGISTERS of a multiplying thread, FETCH_REGISTERS
-// of a fetching one, RESIDENT blocks that are to share a multiprocessor, and WGMMA, 0 or 1. A warp of its own fetches the pieces; the others wait only
-// for the piece they need and tell when they are done with it, so that they may drift apart.
+// Also compiled with STAGES, the pieces of X that are in flight or in use, REGISTERS of a multiplying thread,
+// FETCH_REGISTERS of a fetching one, RESIDENT blocks that are to share a multiprocessor, and WGMMA, 0 or 1. A warp of its
+// own fetches the pieces; the others wait only for the piece they need and tell when they are done with it, so that they
+// may drift apart.
 #include "hopper.cuh"
 #include "spmm.cuh"
 
@@ -13,8 +14,8 @@ struct Params {
 
 constexpr int X_WORD = N_TILE * WORD_COLUMNS * 2;  // bytes of X for one word
 constexpr int X_STAGE = CHUNK_WORDS * X_WORD;
-constexpr int RING_ALIGN = 1024;                         // of a swizzled box
-constexpr int FETCH_THREADS = 128;                       // a warpgroup, since registers are dealt out by warpgroups
+constexpr int RING_ALIGN = 1024;    // of a swizzled box
+constexpr int FETCH_THREADS = 128;  // a warpgroup, since registers are dealt out by warpgroups
 
 // The ring of pieces of X, as one warp sees it. Each place has two barriers: the piece is there; all are done with it.
 struct Ring {
