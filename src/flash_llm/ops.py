@@ -136,32 +136,14 @@ def _unpack_cuda(*weight: Any) -> Tensor:
 
 
 @torch.library.register_fake("flash_llm::linear")
-def _linear_fake(
-    x: Tensor,
-    bias: Tensor | None,
-    bitmap: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    scales: Tensor | None,
-    rows: int,
-    *_: Any,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
+def _linear_fake(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _packed(*weight).shape[0])
 
 
 @torch.library.register_fake("flash_llm::unpack")
-def _unpack_fake(
-    bitmap: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    scales: Tensor | None,
-    rows: int,
-    columns: int,
-    tile_words: int,
-    max_packets: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return values.new_empty(rows, columns, dtype=dtype)
+def _unpack_fake(*weight: Any) -> Tensor:
+    packed = _packed(*weight)
+    return packed.values.new_empty(packed.shape, dtype=packed.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
