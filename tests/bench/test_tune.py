@@ -57,7 +57,7 @@ class Clock:
 
 
 def tuner(clock: Clock, kernel: str = "auto") -> Tuner:
-    return Tuner(clock, H100, kernel, clock.multiply, clock.compiled.append)
+    return Tuner(clock, H100, kernel, clock.multiply, clock.compiled.extend)
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def test_of_ns_that_a_plan_treats_alike_the_largest_is_measured() -> None:
 def test_rows_of_many_passes_are_told_apart() -> None:
     """As many rows of x as one launch takes, of the kernel that takes 64 at a time."""
     clock = Clock({})
-    portable = Tuner(clock, DEVICES["A100"], "auto", clock.multiply, clock.compiled.append)
+    portable = Tuner(clock, DEVICES["A100"], "auto", clock.multiply, clock.compiled.extend)
     ((_, rows),) = portable.tune(random_targets([(16, 40_000)], [0.6]), [64, 128, 200])
     assert [(row["n"], row["n_blocks"], row["passes"]) for row in rows] == [
         (64, 8, 1),

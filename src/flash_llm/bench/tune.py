@@ -7,10 +7,9 @@ is found is kept in the cache folder (``kernels/tuned.py``), and taken from then
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from flash_llm.capacity.models import SIBLINGS, load_model
 from flash_llm.checkpoint import folder_record, load_packed
 from flash_llm.errors import KernelError
 from flash_llm.folder import read_config
-from flash_llm.kernels import build, tuned
+from flash_llm.kernels import ahead, tuned
 from flash_llm.kernels.plan import Device, SpmmPlan, rows_in_a_pass, unpack_from
 from flash_llm.tensor import PackedWeight
 from flash_llm.tensor.dummy import random_packed
@@ -113,14 +112,14 @@ class Tuner:
         gpu: what plans are made for.
         kernel: the one of ``kernels.choice.KERNELS`` that ``gpu`` stands for.
         multiply: (x, weight, plan) to x W^T, such as ``kernels.cuda.multiply``.
-        compile: a plan's kernel, ahead of its use; of many at a time, on several threads.
+        compile: plans' kernels, ahead of their use.
     """
 
     meter: Meter
     gpu: Device
     kernel: str
     multiply: Callable[[Tensor, PackedWeight, SpmmPlan], Tensor]
-    compile: Callable[[SpmmPlan], object]
+    compile: Callable[[Iterable[SpmmPlan]], object]
 
     def tune(
         self, targets: Iterable[Target], ns: list[int], *, time_limit: float = math.inf
@@ -165,17 +164,9 @@ class Tuner:
             if place not in seen:
                 seen.add(place)
                 plans[n] = found
-        self._compile(plan for found in plans.values() for plan in found.values())
+        self.compile([plan for found in plans.values() for plan in found.values()])
         weights = [weight, *(clone(weight) for _ in range(timing.copies(weight.nbytes) - 1))] if plans else []
         return [self._row(target.name, weights, numbers, n, found) for n, found in sorted(plans.items())]
-
-    def _compile(self, plans: Iterable[SpmmPlan]) -> None:
-        """Side by side: the compiler is at work outside of Python."""
-        wanted = list({(plan.source, plan.defines): plan for plan in plans}.values())
-        if wanted:
-            self.compile(wanted.pop())  # alone, since it imports the compiler, which threads may not do at once
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            list(threads.map(self.compile, wanted))
 
     def _row(
         self,
@@ -237,7 +228,7 @@ def cuda_tuner(meter: Meter, kernel: str) -> Tuner:
         choice.seen_as(cuda.device_properties(device), kernel),
         kernel,
         cuda.multiply,
-        lambda plan: build.compile_kernel(plan.source, plan.defines, arch),
+        lambda plans: wait(ahead.begin({(plan.source, plan.defines, arch) for plan in plans})),
     )
 
 
