@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flash_llm.prune import ALPS, OWL, CalibrationConfig, LeastError, Magnitude, Uniform, Wanda, prune_folder
+from flash_llm.prune import ALPS, OWL, CalibrationConfig, Given, LeastError, Magnitude, Uniform, Wanda, prune_folder
 from flash_llm.prune.allocate import ALLOCATIONS, Allocation, Block
 from flash_llm.prune.job import Stages
 from flash_llm.prune.statistics import InputNorm
@@ -171,6 +171,24 @@ def test_a_survey_that_was_cut_off_goes_on(
     run(tmp_path / "whole")
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "cut" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_sparsities_of_another_run_are_taken_as_they_are(make_model: Make, text: Path, tmp_path: Path) -> None:
+    source, calibration = make_model("llama"), CalibrationConfig(str(text), samples=4, seqlen=32)
+    arguments: dict[str, Any] = {"calibration": calibration, "progress": False}
+    first = prune_folder(source, tmp_path / "first", "sparsegpt", 0.6, allocation="error", **arguments)
+    shares = {name: layer.sparsity for name, layer in first.layers.items()}
+    again = prune_folder(source, tmp_path / "again", "sparsegpt", 0.6, allocation=Given(shares), **arguments)
+    assert again.layers == first.layers
+    name = next(iter(shares))
+    with pytest.raises(ValueError, match=f"{name} has the sparsity None"):
+        prune_folder(
+            source,
+            tmp_path / "bad",
+            "sparsegpt",
+            allocation=Given({k: v for k, v in shares.items() if k != name}),
+            **arguments,
+        )
 
 
 def test_what_can_not_be_spread_is_refused(make_model: Make, text: Path, tmp_path: Path) -> None:

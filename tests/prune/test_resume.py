@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flash_llm.prune import CalibrationConfig, prune_folder
+from flash_llm.prune import CalibrationConfig, job, prune_folder
 from flash_llm.prune.job import Job
 
 Make = Callable[..., Path]
@@ -55,6 +55,29 @@ def test_going_on_equals_never_having_stopped(
     assert not (tmp_path / ".cut.partial").exists()
 
 
+def test_quick_blocks_with_much_to_write_are_kept_together(
+    make_model: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not every block's hidden states are written then, and a run goes on from the last that were."""
+    source = make_model("llama", num_hidden_layers=5)
+    arguments: dict[str, Any] = {"calibration": CalibrationConfig(str(text), samples=4, seqlen=16), "progress": False}
+    whole = prune_folder(source, tmp_path / "whole", "wanda", 0.5, **arguments)
+    write = job.write_tensors
+
+    def slow(path: Path, tensors: dict[str, Any]) -> None:
+        write(path, tensors)
+        time.sleep(0.35)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "write_tensors", slow)
+        fail_after(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            prune_folder(source, tmp_path / "cut", "wanda", 0.5, **arguments)
+    assert prune_folder(source, tmp_path / "cut", "wanda", 0.5, **arguments).resumed_stages == 1
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert whole.resumed_stages == 0
+
+
 def test_a_killed_process_is_taken_up(make_model: Make, text: Path, tmp_path: Path) -> None:
     """SIGKILL at whatever point it is when two blocks are done."""
     source = make_model("llama", num_hidden_layers=8)
@@ -67,8 +90,8 @@ def test_a_killed_process_is_taken_up(make_model: Make, text: Path, tmp_path: Pa
     # One thread, as in these tests: the order of sums depends on their number.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", script, source, tmp_path / "cut", text], env=environment)
-    done = tmp_path / ".cut.partial" / "done" / "00001.json"
-    while not done.exists() and process.poll() is None:
+    started = Job(tmp_path / "cut", {})
+    while len(started.records()) < 2 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

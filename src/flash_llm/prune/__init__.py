@@ -1,6 +1,6 @@
 """Pruning: dense Hugging Face folder in, dense folder with zeros out. Knows nothing of the packed format."""
 
-from flash_llm.prune.allocate import ALLOCATIONS, OWL, Allocation, LeastError, Uniform
+from flash_llm.prune.allocate import ALLOCATIONS, OWL, Allocation, Given, LeastError, Uniform
 from flash_llm.prune.alps import ALPS
 from flash_llm.prune.calibration import CalibrationConfig
 from flash_llm.prune.folder import LayerReport, PruneReport, prune_folder
@@ -17,6 +17,7 @@ __all__ = [
     "OWL",
     "Allocation",
     "CalibrationConfig",
+    "Given",
     "LayerReport",
     "LeastError",
     "Magnitude",

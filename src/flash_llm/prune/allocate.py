@@ -93,6 +93,31 @@ class Uniform:
 
 
 @dataclass(frozen=True)
+class Given:
+    """Sparsities that are known already: from another run, whose survey is not to be made again, or by hand.
+
+    Attributes:
+        shares: each layer's sparsity, by the layers' names.
+    """
+
+    shares: Mapping[str, float]
+    name: ClassVar[str] = "given"
+    surveys: ClassVar[bool] = False
+
+    def needs(self, pruner: Pruner) -> Need:
+        return "none"
+
+    def survey(self, block: Block, pruner: Pruner, sparsity: float) -> None:
+        return None
+
+    def spread(self, surveys: Sequence[Any], sizes: Sequence[Mapping[str, int]], sparsity: float) -> dict[str, float]:
+        names = [name for block in sizes for name in block]
+        if missing := [name for name in names if not 0 <= self.shares.get(name, -1.0) < 1]:
+            raise ValueError(f"{missing[0]} has the sparsity {self.shares.get(missing[0])}: name one in [0, 1) for it.")
+        return {name: self.shares[name] for name in names}
+
+
+@dataclass(frozen=True)
 class OWL:
     """Blocks with more outliers keep more weights (Yin et al., ICML 2024, arXiv 2310.05175).
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,13 @@ def load_windows(config: CalibrationConfig, tokenizer: Any) -> Tensor:
             f"{config.source} has {len(ids)} tokens, but {config.samples} samples of {config.seqlen} need {needed}: "
             "give more text, fewer samples or shorter ones."
         )
-    windows = torch.tensor(ids, dtype=torch.int64)[: len(ids) // config.seqlen * config.seqlen].view(-1, config.seqlen)
+    windows = ids[: len(ids) // config.seqlen * config.seqlen].view(-1, config.seqlen)
     generator = torch.Generator().manual_seed(config.seed)
     return windows[torch.randperm(len(windows), generator=generator)[: config.samples]].clone()
 
 
-def load_ids(source: str, tokenizer: Any, needed: int, seed: int) -> list[int]:
-    """Token ids of a text, without special tokens.
+def load_ids(source: str, tokenizer: Any, needed: int, seed: int) -> Tensor:
+    """Token ids of a text, without special tokens: int64 ``[tokens]``, not to be changed, since a file's are kept.
 
     Args:
         source: a text file or a data set, as in :class:`CalibrationConfig`.
@@ -89,13 +90,34 @@ def load_ids(source: str, tokenizer: Any, needed: int, seed: int) -> list[int]:
     """
     path = Path(source)
     if path.is_file() or source.endswith(_FILE_ENDINGS):
-        return _tokenise(list(_pieces(load_text(path))), tokenizer)
-    return _from_dataset(source, tokenizer, needed, seed)
+        return _file_ids(path, path.stat().st_mtime_ns if path.is_file() else 0, _Tokenizer(tokenizer))
+    return torch.tensor(_from_dataset(source, tokenizer, needed, seed), dtype=torch.int64)
 
 
 def digest(windows: Tensor) -> str:
     """sha256 of token ids: says whether two runs saw the same calibration data."""
     return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+
+
+class _Tokenizer:
+    """A tokenizer that equals another with the same vocabulary and rules: what is kept of a text holds for both."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._key = tokenizer if backend is None else backend.to_str()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Tokenizer) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+@lru_cache(maxsize=2)
+def _file_ids(path: Path, changed: int, tokenizer: _Tokenizer) -> Tensor:
+    """Ids of a file that was last changed at a time; kept for a program that prunes or trains several times."""
+    return torch.tensor(_tokenise(list(_pieces(load_text(path))), tokenizer.tokenizer), dtype=torch.int64)
 
 
 def _pieces(text: str) -> Iterator[str]:

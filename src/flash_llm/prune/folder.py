@@ -72,6 +72,8 @@ class PruneReport:
         warnings: all that did not go as asked, in words.
         resumed_stages: blocks that an interrupted run had finished before.
         seconds: wall-clock time of this run.
+        stage_seconds: of that, for each block that this run pruned, and the head.
+        peak_bytes: most memory that torch held on the GPU in this run; None on a CPU.
     """
 
     folder: Path
@@ -83,6 +85,8 @@ class PruneReport:
     warnings: list[str]
     resumed_stages: int
     seconds: float
+    stage_seconds: list[float]
+    peak_bytes: int | None
 
 
 @dataclass
@@ -158,6 +162,8 @@ def prune_folder(
     dtype = dtype or _default_dtype(source, device)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} must be a floating-point type.")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     skeleton = Skeleton(source, dtype, device)
     stages = _plan(skeleton, include_lm_head, skip)
     windows = _windows(skeleton, pruner, allocation, calibration)
@@ -178,7 +184,7 @@ def prune_folder(
     with job.started(resume):
         resumed = len(job.records())
         shares = _allocate(job, skeleton, stages, allocation, pruner, float(sparsity), windows, progress)
-        _run(job, skeleton, stages, pruner, shares, kind, windows, progress)
+        stage_seconds = _run(job, skeleton, stages, pruner, shares, kind, windows, progress)
         records = job.records()
         layers = {name: LayerReport(**layer) for record in records for name, layer in record["layers"].items()}
         notes = [note for record in records for note in record["warnings"]]
@@ -188,8 +194,19 @@ def prune_folder(
         job.deliver()
     sizes = [torch.Size(layer.shape).numel() for layer in layers.values()]
     zeros = sum(layer.zeros for layer in layers.values())
-    seconds = time.perf_counter() - start
-    return PruneReport(out, pruner.name, float(sparsity), layers, sum(sizes), zeros, notes, resumed, seconds)
+    return PruneReport(
+        folder=out,
+        method=pruner.name,
+        sparsity=float(sparsity),
+        layers=layers,
+        weights=sum(sizes),
+        zeros=zeros,
+        warnings=notes,
+        resumed_stages=resumed,
+        seconds=time.perf_counter() - start,
+        stage_seconds=stage_seconds,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    )
 
 
 def prunable_layers(
@@ -323,21 +340,25 @@ def _run(
     kind: ValueKind,
     windows: Tensor | None,
     progress: bool,
-) -> None:
-    """Prune all stages that are not finished."""
+) -> list[float]:
+    """Prune all stages that are not finished; the seconds that each took."""
+    seconds: list[float] = []
     done = len(job.records())
     if done == len(stages):
-        return
+        return seconds
     walk = None
     if windows is not None and pruner.needs != "none":
         walk = Walk(skeleton, windows, job.hidden(done) if done else None)
     with progress_bar(progress) as bar:
         task = bar.add_task(f"pruning ({pruner.name})", total=len(stages), completed=done)
         for index in range(done, len(stages)):
+            start = time.perf_counter()
             is_last = index == len(stages) - 1
             record = _prune_stage(job, skeleton, stages, index, pruner, shares, kind, walk)
             job.finish(index, record, walk.hidden if walk is not None and not is_last else None)
             bar.advance(task)
+            seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def _prune_stage(

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,16 @@ from flash_llm.errors import CheckpointError
 from flash_llm.files import write_json
 from flash_llm.prune.files import write_tensors
 
+# Seconds of writing that are not worth saving.
+_QUICK = 0.25
+_DONE = "done.json"
+
 
 class Stages:
     """The stages of a job on disk: which are finished, what was recorded of them, and what the next one needs.
 
-    ``done/N.json`` says that stage N is finished and is written after all else of it; ``hidden-N.safetensors`` are the
-    hidden states that enter stage N.
+    ``done.json`` has a record of each finished stage and is written after all else of them; ``hidden-N.safetensors``
+    are the hidden states that enter stage N.
 
     Args:
         folder: theirs.
@@ -32,20 +37,39 @@ class Stages:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._pending: list[Any] = []  # records of stages that are finished, but not yet on disk
+        self._due = 0.0
 
     def records(self) -> list[Any]:
         """What was recorded of the finished stages, in order."""
-        records: list[Any] = []
-        while (path := self._record(len(records))).is_file():
-            records.append(json.loads(path.read_text(encoding="utf-8")))
+        path = self.folder / _DONE
+        records: list[Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         return records
 
     def finish(self, stage: int, record: Any, hidden: Tensor | None) -> None:
-        """Mark a stage as finished, and keep the hidden states that enter the next."""
+        """Mark a stage as finished, and keep the hidden states that enter the next.
+
+        They may be gigabytes, and stages may be quick. So that writing takes no more than a tenth of the time, some
+        stages are marked together with a later one, and are done again by a run that takes this one up.
+
+        Args:
+            stage: its number.
+            record: JSON data.
+            hidden: inputs of the next stage; None: there is none, or it needs none.
+        """
+        self._pending.append(record)
         if hidden is not None:
+            start = time.monotonic()
+            if start < self._due:
+                return
             write_tensors(self._hidden(stage + 1), {"hidden": hidden})
-        write_json(self._record(stage), record)
-        self._hidden(stage).unlink(missing_ok=True)
+            cost = time.monotonic() - start
+            self._due = start + cost + 10 * max(0.0, cost - _QUICK)
+        write_json(self.folder / _DONE, self.records() + self._pending)
+        self._pending.clear()
+        for path in self.folder.glob("hidden-*.safetensors"):
+            if path != self._hidden(stage + 1):
+                path.unlink()
 
     def hidden(self, stage: int) -> Tensor:
         """The hidden states that enter a stage.
@@ -66,9 +90,6 @@ class Stages:
             raise CheckpointError(
                 f"{self._hidden(stage)} of an interrupted run is damaged ({error}); start again with resume=False."
             ) from error
-
-    def _record(self, stage: int) -> Path:
-        return self.folder / "done" / f"{stage:05d}.json"
 
     def _hidden(self, stage: int) -> Path:
         return self.folder / f"hidden-{stage:05d}.safetensors"
@@ -113,7 +134,7 @@ class Job(Stages):
             self._check_arguments()
             self.model.mkdir(exist_ok=True)
             for stages in (self, self.survey):
-                (stages.folder / "done").mkdir(parents=True, exist_ok=True)
+                stages.folder.mkdir(exist_ok=True)
             yield
 
     def deliver(self) -> None:

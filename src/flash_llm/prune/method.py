@@ -43,6 +43,9 @@ class Pruner(Protocol):
         ...
 
 
+# 12 bytes each are returned by topk.
+_TOPK_ELEMENTS = 1 << 26
+
 METHODS: dict[str, Callable[[], Pruner]] = {}
 
 
@@ -87,7 +90,8 @@ def lowest(score: Tensor, count: int) -> Tensor:
 def kth_lowest(score: Tensor, count: int) -> Tensor:
     """The ``count``-th lowest of each row of ``score [R, C]``, ``[R, 1]``: what ``kthvalue`` gives.
 
-    On a GPU that gives a row to a single block, and a whole layer is one row here. This halves the range of the values
+    On a GPU that gives a row to a single block, and a whole layer is one row here. ``topk`` gives it many, but returns
+    all that lies below, so it is for scores that aren't many gigabytes. For those this halves the range of the values
     32 times, each time counting with all of the GPU. Numbers that are not negative are in the order of their bits; of
     negative ones only -1 may occur.
 
@@ -95,6 +99,8 @@ def kth_lowest(score: Tensor, count: int) -> Tensor:
         score: float32.
         count: at least 1.
     """
+    if score.numel() <= _TOPK_ELEMENTS:
+        return score.topk(count, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
     bits = score.contiguous().view(torch.int32)
     low = torch.full((len(score), 1), -(1 << 31), dtype=torch.int64, device=score.device)
     high = torch.full_like(low, (1 << 31) - 1)

@@ -40,7 +40,11 @@ class Skeleton:
         except (ValueError, ImportError, KeyError) as error:
             raise CheckpointError(f"{source.folder} is no causal language model of transformers: {error}") from error
         self.model: PreTrainedModel = model.eval()
-        self.block_names = self._find_blocks()
+        self.block_names = block_names(model)
+        if not self.block_names:
+            raise CheckpointError(
+                f"{source.folder}: {type(model).__name__} has no list of repeated blocks to walk through."
+            )
 
     def block(self, index: int) -> nn.Module:
         """The module of a block."""
@@ -149,16 +153,15 @@ class Skeleton:
         prefix = self.model.base_model_prefix + "."
         return [name, name.removeprefix(prefix), prefix + name]
 
-    def _find_blocks(self) -> list[str]:
-        """The blocks are the list of modules that holds most parameters."""
-        lists = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.ModuleList)}
-        sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in lists.items()}
-        if not sizes or not max(sizes.values()):
-            raise CheckpointError(
-                f"{self.source.folder}: {type(self.model).__name__} has no list of repeated blocks to walk through."
-            )
-        largest = max(sizes, key=lambda name: sizes[name])
-        return [f"{largest}.{index}" for index in range(len(lists[largest]))]
+
+def block_names(model: nn.Module) -> list[str]:
+    """Names of a model's repeated blocks: the list of modules that holds most parameters. Empty if there is none."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in lists.items()}
+    if not sizes or not max(sizes.values()):
+        return []
+    largest = max(sizes, key=lambda name: sizes[name])
+    return [f"{largest}.{index}" for index in range(len(lists[largest]))]
 
 
 @contextmanager

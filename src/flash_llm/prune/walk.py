@@ -1,6 +1,7 @@
 """The walk of calibration data through a decoder, block by block.
 
-Hidden states stay on the CPU; one window and one block at a time are on the device. What a block is called with besides
+Hidden states stay on the CPU, unless they are a small part of what the device has free; one window and one block at a
+time are on the device. What a block is called with besides
 the hidden states (mask, rotary embeddings, ...) is recorded from the model's own forward pass, so that any decoder can
 be walked whose blocks are called one after another and only hand on hidden states.
 """
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from flash_llm.errors import CheckpointError
 from flash_llm.prune.skeleton import Skeleton
+
+# A sixteenth: 5 GB of 80 GB, beside the four matrices of 20 to 40 GB that the largest layers need.
+_SHARE_OF_FREE = 1 / 16
 
 
 class _Stop(Exception):
@@ -48,7 +52,7 @@ class Walk:
         hidden: inputs of the block at which to go on, ``[samples, tokens, width]``; by default those of the first.
 
     Attributes:
-        hidden: inputs of the next block, on the CPU, in the skeleton's dtype.
+        hidden: inputs of the next block, in the skeleton's dtype.
 
     Raises:
         CheckpointError: the model's blocks can't be walked.
@@ -61,7 +65,7 @@ class Walk:
         outside = _outside(skeleton, blocks)
         with skeleton.loaded("", wanted=outside), torch.no_grad():
             self._calls = self._record()
-            self.hidden = self._embed() if hidden is None else hidden
+            self.hidden = self._placed(self._embed() if hidden is None else hidden)
 
     def outputs(self, index: int) -> Iterator[Tensor]:
         """What block ``index`` makes of each window, ``[1, tokens, width]``; the hidden states stay as they are."""
@@ -104,6 +108,13 @@ class Walk:
             for window, hidden in zip(self._windows, self.hidden, strict=True):
                 feed[:] = [hidden[None].to(self._skeleton.device)]
                 self._forward(window)
+
+    def _placed(self, hidden: Tensor) -> Tensor:
+        """The hidden states on the device, if there is plenty of room for them."""
+        device = self._skeleton.device
+        if device.type != "cuda" or hidden.nbytes > _SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0]:
+            return hidden
+        return hidden.to(device)
 
     def _forward(self, window: Tensor) -> None:
         try:

@@ -48,7 +48,7 @@ class RetrainConfig:
         precision: of the products: "bfloat16" under autocast, weights and optimizer being float32. "auto": bfloat16
             on a GPU, float32 on a CPU.
         gradient_checkpointing: keep a block's inputs alone and compute the rest again: less memory, a third more time.
-        compile: use ``torch.compile``.
+        compile: use ``torch.compile`` on the model's blocks and the loss.
         checkpoint_minutes: write a checkpoint about so often.
         checkpoint_steps: write one every so many steps instead.
 

@@ -157,7 +157,7 @@ def _ids(source: SourceFolder, tokenizer: Any, config: RetrainConfig) -> Tensor:
         raise ValueError(
             f"seqlen={config.seqlen} is longer than the model's {positions} positions; take a smaller one."
         )
-    ids = torch.tensor(load_ids(config.text, tokenizer, config.tokens or _DATASET_TOKENS, config.seed))[: config.tokens]
+    ids = load_ids(config.text, tokenizer, config.tokens or _DATASET_TOKENS, config.seed)[: config.tokens]
     if ids.numel() and int(ids.max()) >= text.vocab_size:
         raise CheckpointError(
             f"{source.folder}: the tokenizer gives token {int(ids.max())}, but the model knows {text.vocab_size} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,6 +18,7 @@ from flash_llm.prune.retrain.loss import language_loss
 from flash_llm.prune.retrain.masks import Masks
 from flash_llm.prune.retrain.schedule import Gradual, Hold, Schedule, Targets
 from flash_llm.prune.retrain.state import load_optimizer, optimizer_state
+from flash_llm.prune.skeleton import block_names
 
 # Steps that are not timed, since much is made ready in them, and those after them that are.
 _UNTIMED, _TIMED = 8, 16
@@ -55,9 +56,10 @@ class Trainer:
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._device = next(model.parameters()).device
         self._optimizer = _optimizer(self._trained.values(), config, self._device)
-        # Under one name, so that compiling leaves the model and its parameters' names alone.
-        self._forward: Callable[..., Any] = torch.compile(model) if config.compile else model
-        self._taught: Callable[..., Any] | None = torch.compile(teacher) if config.compile and teacher else teacher
+        if config.compile:
+            _compile_blocks(model)
+            if teacher is not None:
+                _compile_blocks(teacher)
         self._targets = Targets(masks, config.sparsity, config.scope) if config.sparsity is not None else None
         self.schedule: Schedule = Hold()
         self.step, self.seconds = 0, 0.0
@@ -108,7 +110,7 @@ class Trainer:
         for windows in self.data.validation.split(size):
             with self._autocast():
                 logits = self.model(input_ids=windows, use_cache=False).logits
-            losses.append(language_loss(logits, windows)[1] * len(windows))
+            losses.append(language_loss(logits, windows, compiled=self.config.compile)[1] * len(windows))
         loss = float(torch.stack(losses).sum()) / len(self.data.validation)
         if not math.isfinite(loss):
             raise ValueError(self._not_finite("validation loss", loss, self.step))
@@ -171,12 +173,13 @@ class Trainer:
 
     def _loss(self, windows: Tensor) -> Tensor:
         with self._autocast():
-            logits = self._forward(input_ids=windows, use_cache=False).logits
+            logits = self.model(input_ids=windows, use_cache=False).logits
         taught = None
-        if self._taught is not None:
+        if self._teacher is not None:
             with torch.no_grad():
-                taught = self._taught(input_ids=windows, use_cache=False).logits
-        return language_loss(logits, windows, taught, self.config.distill, self.config.temperature)[0]
+                taught = self._teacher(input_ids=windows, use_cache=False).logits
+        config = self.config
+        return language_loss(logits, windows, taught, config.distill, config.temperature, config.compile)[0]
 
     def _lr(self, step: int) -> float:
         """A linear rise, then a cosine down to ``final_lr``."""
@@ -253,6 +256,12 @@ class Trainer:
         precision = self.config.precision
         bfloat16 = precision == "bfloat16" or (precision == "auto" and self._device.type != "cpu")
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bfloat16)
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    """Compile a model's blocks, in place. They are alike, so that they share what is compiled, in seconds."""
+    for name in block_names(model):
+        model.get_submodule(name).compile(dynamic=False)
 
 
 def _optimizer(weights: Any, config: RetrainConfig, device: torch.device) -> torch.optim.AdamW:
