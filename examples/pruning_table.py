@@ -76,14 +76,17 @@ def measure(options: argparse.Namespace) -> None:
             finished = wait(running, return_when=FIRST_COMPLETED).done if running else set()
             for future in finished:
                 cell, *rest = running.pop(future)
-                found = future.result()
+                try:
+                    found = future.result()
+                except ValueError as error:  # activations that overflow, say
+                    found = {"failed": str(error), "perplexity": None}
                 table["cells"].append(cell | {"jobs": options.jobs} | found)
                 write_json(options.out, table)
                 print(json.dumps({k: v for k, v in table["cells"][-1].items() if k != "shares"}), flush=True)
-                if rest:  # ahead of what has not begun
+                if rest and "shares" in found:  # ahead of what has not begun
                     groups.insert(0, [other | {"shares": found["shares"]} for other in rest])
-    if missing := sum(len(group) for group in _groups(options)) - len(table["cells"]):
-        print(f"the time is up: {options.out} has {len(table['cells'])} cells, {missing} are missing", file=sys.stderr)
+    if time.monotonic() > end:
+        print(f"the time is up; {options.out} has {len(table['cells'])} cells", file=sys.stderr)
 
 
 def draw(table: dict[str, Any], image: Path, retrained: dict[str, Any] | None) -> None:
@@ -95,7 +98,7 @@ def draw(table: dict[str, Any], image: Path, retrained: dict[str, Any] | None) -
     for cell in table["cells"]:
         if cell["method"] == "dense":
             axes.axhline(cell["perplexity"], color="black", linewidth=1, label="dense")
-        else:
+        elif cell["perplexity"] is not None:
             point = (cell["sparsity"] * 100, cell["perplexity"])
             lines.setdefault((cell["method"], cell["allocation"]), []).append(point)
     colors: dict[str, str] = {}

@@ -111,14 +111,14 @@ def one_shot(sparsity: float, options: argparse.Namespace) -> Path:
             sparsity,
             calibration=calibration,
             device=options.device,
-            dtype=torch.float32,
             progress=False,
         )
     return folder
 
 
 def measured(folder: Path, options: argparse.Namespace) -> float:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(options.device)
+    dtype = torch.float32 if options.device == "cpu" else "auto"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(options.device)
     text, tokenizer = load_text(options.test), AutoTokenizer.from_pretrained(folder)
     return perplexity(model, text, tokenizer, window=2048, max_windows=options.max_windows, progress=False).perplexity
 

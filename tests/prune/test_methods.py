@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flash_llm.prune import METHODS, Magnitude, Pruner, Wanda, method
+from flash_llm.prune import METHODS, Magnitude, Pruner, Wanda
+from flash_llm.prune import method as methods
 from flash_llm.prune.method import kth_lowest, zeros_of
 from flash_llm.prune.statistics import Collector, InputNorm
 
@@ -76,7 +77,7 @@ def test_the_gpus_way_to_the_kth_lowest_is_the_same(rows: int, columns: int, see
         expected = score.kthvalue(count, dim=1, keepdim=True).values
         for limit in (0, 1 << 26):  # for scores of gigabytes, and for others
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(method, "_TOPK_ELEMENTS", limit)
+                patch.setattr(methods, "_TOPK_ELEMENTS", limit)
                 assert torch.equal(kth_lowest(score, count), expected)
 
 

@@ -54,14 +54,15 @@ class Admm:
         pass
 
     @torch.no_grad()
-    def before_update(self, step: int) -> None:
+    def before_update(self, step: int) -> bool:
         """Add the gradient of the penalty, which isn't clipped."""
         if not self._begin < step <= self._end:
-            return
+            return False
         penalty = self.penalty(step)
         for name, weight in self._masks.weights.items():
             if weight.grad is not None:
                 weight.grad.add_(weight - self._z[name] + self._u[name], alpha=penalty)
+        return True
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:

@@ -19,8 +19,9 @@ class Schedule(Protocol):
     def after_backward(self, step: int) -> None:
         """The gradients of a batch are there, as the loss made them."""
 
-    def before_update(self, step: int) -> None:
-        """They are masked and clipped, and the optimizer comes next."""
+    def before_update(self, step: int) -> bool:
+        """They are masked and clipped, and the optimizer comes next. Whether something was added to them."""
+        ...
 
     def after_update(self, step: int) -> None:
         """The optimizer is done."""
@@ -38,8 +39,8 @@ class Hold:
     def after_backward(self, step: int) -> None:
         pass
 
-    def before_update(self, step: int) -> None:
-        pass
+    def before_update(self, step: int) -> bool:
+        return False
 
     def after_update(self, step: int) -> None:
         pass
@@ -136,8 +137,8 @@ class Gradual:
             if weight.grad is not None:
                 self._sums[name] += (weight * weight.grad).abs_()
 
-    def before_update(self, step: int) -> None:
-        pass
+    def before_update(self, step: int) -> bool:
+        return False
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:

@@ -161,8 +161,8 @@ class Trainer:
         self.schedule.after_backward(step)
         self.masks.hold_gradients()
         nn.utils.clip_grad_norm_(list(self._trained.values()), self.config.clip)
-        self.schedule.before_update(step)
-        self.masks.hold_gradients()
+        if self.schedule.before_update(step):
+            self.masks.hold_gradients()
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr(step)
         self._optimizer.step()
