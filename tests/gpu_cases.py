@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from flash_llm import PackedWeight
-from flash_llm.kernels import build, choice, cuda, launch, plan
+from flash_llm.kernels import build, choice, cuda, plan
+from flash_llm.kernels.ahead import Configuration
 from flash_llm.tensor import ValueKind
 from sparse_matrices import DTYPES, PATTERNS, sparse
 
@@ -22,6 +24,20 @@ ROWS_OF_X = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 128, 12
 SPARSITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0)
 X_LAYOUTS = ("plain", "wide rows", "odd rows", "odd start", "transposed", "repeated", "overlapping")
 BIASES = ("none", "plain", "strided", "repeated")
+
+
+@contextmanager
+def using(kernel: str, split: bool) -> Iterator[None]:
+    """A kernel of ``choice.KERNELS``; ``split``: 8-bit values are multiplied as they are in weights of any size."""
+    before = plan._X8_WORDS
+    plan._X8_WORDS = 0 if split else before
+    cuda.spmm_plan_cached.cache_clear()
+    try:
+        with choice.using(kernel):
+            yield
+    finally:
+        plan._X8_WORDS = before
+        cuda.spmm_plan_cached.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -39,10 +55,15 @@ class Case:
     bias: str
     seed: int
     values: ValueKind = ValueKind.BITS16
+    split: bool = False
+
+    def using(self) -> AbstractContextManager[None]:
+        """Where the case's kernel is in use."""
+        return using(self.kernel, self.split)
 
     def __str__(self) -> str:
         size = f"{self.rows}x{self.columns}x{self.n}-{self.sparsity:g}-{str(self.dtype).removeprefix('torch.')}"
-        size += "" if self.values is ValueKind.BITS16 else f"-{self.values.value}"
+        size += "" if self.values is ValueKind.BITS16 else f"-{self.values.value}" + "-split" * self.split
         return "-".join([self.kernel, size, self.pattern, self.x_layout, f"bias {self.bias}"]).replace(" ", "_")
 
     def weight(self) -> Tensor:
@@ -63,7 +84,7 @@ class Case:
 
     def multiplied(self, weight: PackedWeight) -> Tensor:
         """What x is multiplied by: 8-bit values and scales unrounded, but where the weight is expanded."""
-        with choice.using(self.kernel):
+        with self.using():
             expanded = self.n >= plan.unpack_from(cuda.seen(0))
         return weight.to_dense(None if expanded else torch.float32)
 
@@ -122,6 +143,7 @@ def random_cases(
                 rng.choice(BIASES),
                 number,
                 values[number % len(values)],
+                number % 4 != 0,
             )
         )
     return cases
@@ -129,31 +151,20 @@ def random_cases(
 
 def compile_all(cases: Iterable[Case]) -> None:
     """Compiles the kernels that cases take, on all CPU cores, so that the tests find them in the cache."""
-    wanted = set()
-    arch = launch.architecture(0)
+    wanted: set[Configuration] = set()
     for case in cases:
         weight = case.packed()
-        with choice.using(case.kernel):
-            wanted |= {(*kernel, arch) for kernel in kernels_of(weight, case.n)}
+        with case.using():
+            wanted |= set(cuda.configurations(weight, case.n))
     compile_side_by_side(wanted)
 
 
-def kernels_of(weight: PackedWeight, n: int) -> set[tuple[str, tuple[tuple[str, int], ...]]]:
-    """(source, defines) of the kernels that a multiplication takes."""
-    if n >= plan.unpack_from(cuda.seen(weight.device.index)):
-        return {("unpack.cu", unpack_defines(weight))}
-    a_pass = plan.rows_in_a_pass(n, weight.shape[1])
-    plans = [cuda.plan_for(weight, part) for part in {min(a_pass, n - first) for first in range(0, n, a_pass)}]
-    return {(chosen.source, chosen.defines) for chosen in plans}
+def splits_x(weight: PackedWeight, n: int) -> bool:
+    """Whether x goes to the tensor cores as two parts of 8 bits, with the kernel that is in use."""
+    return n < plan.unpack_from(cuda.seen(weight.device.index)) and cuda.plan_for(weight, n).splits_x
 
 
-def unpack_defines(weight: PackedWeight) -> tuple[tuple[str, int], ...]:
-    """How the kernel that expands a weight is compiled."""
-    numbers = (*weight.shape, weight.max_packets, weight.tile_words, weight.dtype == torch.bfloat16, weight.kind)
-    return plan.unpack_plan(cuda.device_properties(weight.device.index), *numbers).defines
-
-
-def compile_side_by_side(wanted: Iterable[tuple[str, tuple[tuple[str, int], ...], str]]) -> None:
+def compile_side_by_side(wanted: Iterable[Configuration]) -> None:
     """``build.compile_kernel`` of many configurations, in as many processes as there are CPU cores."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as processes:
         for future in [processes.submit(build.compile_kernel, *configuration) for configuration in wanted]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flash_llm.tensor.layout import LANES, PACKET_VALUES, WORD_BITS, bit_position, element_coordinates
+from flash_llm.tensor.layout import LANES, WORD_BITS, ValueKind, bit_position, element_coordinates
 from sparse_matrices import bits
 
 Value = int
@@ -20,7 +20,7 @@ def slow_pack(
     """
     matrix = bits(dense).tolist()
     numbers = matrix if stored is None else stored.tolist()
-    per_packet = PACKET_VALUES if stored is None else 2 * PACKET_VALUES
+    kind = ValueKind.BITS16 if stored is None else ValueKind.INT8  # all 8-bit ones are laid out alike
     rows, columns = len(matrix), len(matrix[0])
     strips, words = -(-rows // 16), -(-columns // 64)
     bitmap = [[[0] * LANES for _ in range(words)] for _ in range(strips)]
@@ -32,13 +32,13 @@ def slow_pack(
             for word in range(first, min(first + tile_words, words)):
                 for lane in range(LANES):
                     for element in range(WORD_BITS):
-                        row, column = element_coordinates(lane, element)
+                        row, column = element_coordinates(lane, element, kind)
                         row, column = 16 * strip + row, 64 * word + column
                         if row < rows and column < columns and matrix[row][column] & 0x7FFF:
-                            bitmap[strip][word][lane] |= 1 << bit_position(element)
+                            bitmap[strip][word][lane] |= 1 << bit_position(element, kind)
                             lanes[lane].append(numbers[row][column])
-            values += in_packets(lanes, per_packet)
-            offsets.append(len(values) // per_packet)
+            values += in_packets(lanes, kind.packet_values)
+            offsets.append(len(values) // kind.packet_values)
     return bitmap, values, offsets
 
 

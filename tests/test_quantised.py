@@ -155,7 +155,7 @@ def test_a_folder_holds_the_rounded_weights_in_fewer_bytes(folders: tuple[str, P
     kind, folder, back = folders
     assert ck.verify_folder(folder)
     record = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert record["format_version"] == 2
+    assert record["format_version"] == 3
     stored, dense = load_file(folder / "model.safetensors"), load_file(folder.parent / "dense/model.safetensors")
     rounded = load_file(back / "model.safetensors")
     for name, metadata in record["layers"].items():
@@ -208,8 +208,8 @@ def test_a_reader_of_version_1_would_refuse_it_and_this_one_refuses_a_newer(
     folders: tuple[str, Path, Path], tmp_path: Path
 ) -> None:
     config = json.loads((folders[1] / "config.json").read_text())
-    with pytest.raises(FormatError, match=r"format version 3; this release reads versions 1 to 2: upgrade flash-llm"):
-        ck.folder_record(config | {"quantization_config": config["quantization_config"] | {"format_version": 3}})
+    with pytest.raises(FormatError, match=r"format version 4; this release reads versions 1 and 3: upgrade flash-llm"):
+        ck.folder_record(config | {"quantization_config": config["quantization_config"] | {"format_version": 4}})
     ck.compress_folder(folders[1].parent / "dense", tmp_path / "16")
     record = json.loads((tmp_path / "16/config.json").read_text())["quantization_config"]
     assert record["format_version"] == 1

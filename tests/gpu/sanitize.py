@@ -23,14 +23,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flash_llm
 from flash_llm import PackedWeight, ops
-from flash_llm.kernels import choice, launch
+from flash_llm.kernels import choice, cuda
 from flash_llm.tensor import ValueKind
-from gpu_cases import compile_side_by_side, kernels_of
+from gpu_cases import compile_side_by_side, using
 
 SHAPES = ((1, 1), (16, 64), (17, 65), (100, 1000), (576, 1536), (300, 2051))
 SPARSITIES = (0.0, 0.5, 0.7, 1.0)
 NS = (1, 9, 33, 64, 70, 150, 450)
-CASES = [*product((choice.AUTO, choice.PORTABLE_SMALL), SHAPES, SPARSITIES, ValueKind)]
+KERNELS = ((choice.AUTO, False), (choice.AUTO, True), (choice.PORTABLE_SMALL, False))  # and whether 8-bit x is split
+CASES = [
+    case
+    for case in product(KERNELS, SHAPES, SPARSITIES, ValueKind)
+    if case[3] is not ValueKind.BITS16 or not case[0][1]
+]
 
 
 def matrix(rows: int, columns: int, sparsity: float, kernel: str) -> torch.Tensor:
@@ -62,12 +67,11 @@ def wrong(dense: torch.Tensor, weight: PackedWeight) -> int:
 
 
 def compile_all() -> None:
-    arch = launch.architecture(0)
     wanted = set()
-    for kernel, (rows, columns), sparsity, values in CASES:
+    for (kernel, split), (rows, columns), sparsity, values in CASES:
         weight = packed(matrix(rows, columns, sparsity, kernel), values)
-        with choice.using(kernel):
-            wanted |= {(*found, arch) for n in (*NS, 999) for found in kernels_of(weight, n)}
+        with using(kernel, split):
+            wanted |= {found for n in (*NS, 999) for found in cuda.configurations(weight, n)}
     compile_side_by_side(wanted)
 
 
@@ -77,13 +81,13 @@ def main() -> int:
     if "--compile" in sys.argv:
         compile_all()
     bad = 0
-    for kernel, (rows, columns), sparsity, values in CASES:
+    for (kernel, split), (rows, columns), sparsity, values in CASES:
         dense = matrix(rows, columns, sparsity, kernel)
-        with choice.using(kernel):
+        with using(kernel, split):
             found = wrong(dense, packed(dense, values))
         bad += found
         what = f"{rows} x {columns}, {sparsity:.0%} zeros, {values.value}"
-        print(f"{kernel}: {what}: {found or 'none'} wrong", flush=True)
+        print(f"{kernel}{', split' * split}: {what}: {found or 'none'} wrong", flush=True)
     torch.cuda.synchronize()
     return int(bad > 0)
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import flash_llm
 from flash_llm import PackedWeight, SparseLinear, compress, ops
-from flash_llm.kernels import launch
-from gpu_cases import compile_side_by_side, kernels_of
+from flash_llm.kernels import cuda
+from gpu_cases import compile_side_by_side
 from sparse_matrices import sparse
 
 pytestmark = pytest.mark.gpu
@@ -25,10 +25,11 @@ NS = (1, 5, 16, 40, 64, 130)
 
 @pytest.fixture(scope="module")
 def weights() -> list[PackedWeight]:
-    """Of several shapes and tile sizes, so that row blocks are shared in several ways."""
-    made = [PackedWeight.from_dense(sparse(*shape, 0.7, seed=i, device="cuda")) for i, shape in enumerate(SHAPES)]
-    arch = launch.architecture(0)
-    compile_side_by_side({(*kernel, arch) for weight in made for n in NS for kernel in kernels_of(weight, n)})
+    """Of several shapes and tile sizes, so that row blocks are shared in several ways; two of 8-bit values."""
+    dense = [sparse(*shape, 0.7, seed=i, device="cuda") for i, shape in enumerate(SHAPES)]
+    made = [PackedWeight.from_dense(matrix) for matrix in dense]
+    made += [PackedWeight.from_dense(dense[1], values=values) for values in ("fp8", "int8")]
+    compile_side_by_side({kernel for weight in made for n in NS for kernel in cuda.configurations(weight, n)})
     return made
 
 

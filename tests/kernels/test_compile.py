@@ -57,6 +57,10 @@ def spmm(
     return chosen.source, chosen.defines, arch
 
 
+def split_x(tile_words: int, bf16: bool, values: ValueKind) -> Configuration:
+    return "split_x.cu", plan.split_plan(16, 100, tile_words, bf16, values).defines, "sm_90a"
+
+
 QUICK = [
     *(spmm("sm_90a", tile_words, n) for tile_words, n in product((1, 3, 5, 7, 10, 16), (8, 64, 128, 256))),
     *(spmm("sm_90a", tile_words, n, bf16=True) for tile_words, n in ((6, 16), (8, 32))),
@@ -80,6 +84,13 @@ QUICK = [
     ),
     *(unpack(arch, 4, bf16, values) for arch in ("sm_80", "sm_90a") for bf16, values in KINDS),
     unpack("sm_90a", 7, values=ValueKind.INT8, columns=LARGE + 1),
+    *(
+        spmm("sm_90a", tile_words, n, bf16, size, size, values)
+        for (tile_words, n, size), (bf16, values) in zip(
+            product((4, 6, 10), (8, 16), (LARGE, SMALL)), 3 * KINDS, strict=True
+        )
+    ),
+    *(split_x(tile_words, bf16, values) for tile_words, (bf16, values) in zip((1, 6, 10, 16), KINDS, strict=True)),
 ]
 
 
@@ -132,6 +143,7 @@ def test_it_compiles_and_nothing_spills(configuration: Configuration, log_of: Ca
 @pytest.mark.parametrize("arch", DEVICES)
 def test_every_kernel_compiles_and_nothing_spills(arch: str) -> None:
     every = [unpack(arch, *rest) for rest in product(TILE_WORDS, (False, True), ValueKind)]
+    every += [split_x(tile_words, *kind) for tile_words, kind in product(TILE_WORDS, KINDS) if arch == "sm_90a"]
     every += [
         spmm(arch, tile_words, n, bf16, size, size, values)
         for tile_words, n, bf16, values in product(TILE_WORDS, (8, 16, 32, 64, 128, 192, 256), (False, True), ValueKind)

@@ -11,31 +11,36 @@ from hypothesis import strategies as st
 from devices import DEVICES
 from flash_llm.kernels import plan
 from flash_llm.tensor import ValueKind
-from flash_llm.tensor.layout import LANE_CAPACITY, LANES, PACKET_VALUES, TILE_WORDS, grid
+from flash_llm.tensor.layout import LANE_CAPACITY, LANES, TILE_WORDS, WORD_BITS, grid
 
-MOST = LANE_CAPACITY // PACKET_VALUES
+Weight = tuple[int, int, int, int, int]
+
+KINDS = st.sampled_from(ValueKind)
 
 
 @st.composite
-def weights(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
-    """(rows, columns, packets, max_packets, tile_words) as some packed weight has them."""
+def weights(draw: st.DrawFn, kinds: st.SearchStrategy[ValueKind] = KINDS) -> tuple[Weight, ValueKind]:
+    """(rows, columns, packets, max_packets, tile_words) and value kind as some packed weight has them."""
+    kind = draw(kinds)
     rows, columns = draw(st.integers(1, 60_000)), draw(st.integers(1, 60_000))
     tile_words = draw(st.sampled_from(TILE_WORDS))
-    max_packets = draw(st.integers(0, min(MOST, 4 * tile_words)))
+    most = LANE_CAPACITY // kind.packet_values
+    max_packets = draw(st.integers(0, min(most, -(-WORD_BITS * tile_words // kind.packet_values))))
     strips, _, tiles = grid(rows, columns, tile_words)
     share = draw(st.floats(0, 1))
     packets = max(int(share * max_packets * strips * tiles * LANES), max_packets)
-    return rows, columns, packets, max_packets, tile_words
+    return (rows, columns, packets, max_packets, tile_words), kind
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.sampled_from(sorted(DEVICES)), weights(), st.integers(1, 600), st.booleans())
 def test_a_plan_fits_the_device_and_covers_the_matrix(
-    name: str, weight: tuple[int, int, int, int, int], n: int, bf16: bool
+    name: str, packed: tuple[Weight, ValueKind], n: int, bf16: bool
 ) -> None:
-    device, (rows, columns, _, max_packets, tile_words) = DEVICES[name], weight
-    chosen = plan.spmm_plan(device, *weight, n, bf16)
-    assert chosen == plan.spmm_plan(device, *weight, n, bf16)
+    device, (weight, kind) = DEVICES[name], packed
+    rows, columns, _, max_packets, tile_words = weight
+    chosen = plan.spmm_plan(device, *weight, n, bf16, values=kind)
+    assert chosen == plan.spmm_plan(device, *weight, n, bf16, values=kind)
     defines = dict(chosen.defines)
     warps, n_blocks = defines["WARPS"], defines["N_BLOCKS"]
     strips, words, tiles = grid(rows, columns, tile_words)
@@ -50,7 +55,7 @@ def test_a_plan_fits_the_device_and_covers_the_matrix(
     assert (chosen.row_blocks - 1) * warps < strips <= chosen.row_blocks * warps
     passes = -(-n // (8 * n_blocks))
     assert chosen.units == passes * chosen.row_blocks * tiles
-    assert chosen.counters == passes * chosen.row_blocks
+    assert chosen.counters == passes * chosen.row_blocks * warps
     assert 1 <= chosen.blocks <= min(chosen.units, device.multiprocessors * resident)
     assert n_blocks == 1 or 8 * n_blocks < 2 * n + 8, "no more blocks of n than are needed, in powers of two"
 
@@ -60,9 +65,11 @@ def test_a_plan_fits_the_device_and_covers_the_matrix(
     assert defines["BF16"] == bf16
     assert 1 <= defines["LIKELY_FULL"] <= defines["PACKETS_AHEAD"] <= max(max_packets, 1)
     # A lane's column: all its packets and one word more, in every lane's own bank.
-    assert chosen.column_bytes == (PACKET_VALUES * max(max_packets, 1) + 1) * 4 * LANES
+    assert chosen.column_bytes == (kind.packet_values * max(max_packets, 1) + 1) * 4 * LANES
     assert chosen.partial_floats == 2 * chosen.blocks * n_blocks * 4 * warps * LANES
     assert (chosen.source == "spmm_sm90.cu") == (device.capability == (9, 0))
+    large = strips * words >= plan._X8_WORDS * device.multiprocessors
+    assert chosen.splits_x == (device.capability == (9, 0) and kind is not ValueKind.BITS16 and n <= 64 and large)
 
 
 @pytest.mark.parametrize("values", [ValueKind.E4M3, ValueKind.INT8])
@@ -81,10 +88,10 @@ def test_8_bit_values_take_half_the_packets_and_the_same_columns(values: ValueKi
 @settings(deadline=None, max_examples=100)
 @given(st.sampled_from(sorted(DEVICES)), weights(), st.integers(1, 600), st.floats(0, 1))
 def test_every_unit_has_one_block_and_every_block_knows_which(
-    name: str, weight: tuple[int, int, int, int, int], n: int, place: float
+    name: str, packed: tuple[Weight, ValueKind], n: int, place: float
 ) -> None:
     """The kernel's own arithmetic: where a block's units begin, and which block has a unit."""
-    chosen = plan.spmm_plan(DEVICES[name], *weight, n, False)
+    chosen = plan.spmm_plan(DEVICES[name], *packed[0], n, False, values=packed[1])
     edges = [chosen.units * block // chosen.blocks for block in range(chosen.blocks + 1)]
     assert (edges[0], edges[-1]) == (0, chosen.units)
     assert all(begin < end for begin, end in pairwise(edges)), "every block has work"

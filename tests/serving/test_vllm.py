@@ -101,7 +101,7 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
     for outcome, words in zip(
         outcomes[:4],
         [
-            "99; this release reads versions 1 to 2: upgrade flash-llm",
+            "99; this release reads versions 1 and 3: upgrade flash-llm",
             "--skip 'lm_head'",
             "how many zeros",
             "from 0 up to, not including, 1",

@@ -187,7 +187,7 @@ def test_16_bit_weights_are_what_they_were() -> None:
     assert list(weight.metadata()) == fields
     assert weight.metadata()["format_version"] == 1
     assert list(weight.tensors()) == ["bitmap", "values", "offsets"]
-    assert PackedWeight.from_dense(sparse(32, 100, 0.5), values="fp8").metadata()["format_version"] == 2
+    assert PackedWeight.from_dense(sparse(32, 100, 0.5), values="fp8").metadata()["format_version"] == 3
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flash_llm import FormatError, PackedWeight
 from flash_llm.tensor import empty_state, parse_metadata
-from flash_llm.tensor.layout import FORMAT_VERSION, TILE_WORDS
+from flash_llm.tensor.layout import FORMAT_VERSION, RETIRED_VERSIONS, TILE_WORDS
 from sparse_matrices import any_bits, bits, sparse
 
 NAMES = ("bitmap", "values", "offsets")
@@ -144,11 +144,11 @@ def test_another_reading_of_the_same_bits_is_found() -> None:
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99])
 def test_a_newer_version_asks_for_an_upgrade(version: int) -> None:
     weight = WEIGHTS["whole"]
-    with pytest.raises(FormatError, match=rf"version {version}.*reads versions 1 to {FORMAT_VERSION}.*upgrade"):
+    with pytest.raises(FormatError, match=rf"version {version}.*reads versions 1 and {FORMAT_VERSION}.*upgrade"):
         PackedWeight.from_state(weight.tensors(), weight.metadata() | {"format_version": version})
 
 
-@pytest.mark.parametrize("version", [0, -1, "1", None, 1.5, [1]])
+@pytest.mark.parametrize("version", [0, -1, "1", None, 1.5, [1], *RETIRED_VERSIONS])
 def test_a_version_that_never_was_is_refused(version: Any) -> None:
     weight = WEIGHTS["whole"]
     with pytest.raises(FormatError, match="compress it again"):
@@ -176,7 +176,7 @@ FIELDS = ("format_version", "shape", "dtype", "values", "tile_words", "max_packe
 @example("int8", "values", "16-bit")
 @example("int8", "values", ["int8"])
 @example("int8", "format_version", 1)
-@example("whole", "format_version", 2)
+@example("whole", "format_version", 3)
 @example("whole", "tile_words", True)
 @example("whole", "tile_words", 2.5)
 @example("whole", "max_packets", float("inf"))

@@ -61,11 +61,12 @@ def test_the_tensors_are_what_the_layout_says(dense: Tensor, tile_words: int | N
     assert weight.offsets.tolist() == offsets
 
 
-def test_every_element_has_one_place() -> None:
+@pytest.mark.parametrize("kind", layout.ValueKind, ids=lambda kind: kind.value)
+def test_every_element_has_one_place(kind: layout.ValueKind) -> None:
     """Lanes and elements cover a word's 16 x 64 elements once each, and the elements a word's bits."""
-    places = [layout.element_coordinates(lane, element) for lane in range(32) for element in range(32)]
+    places = [layout.element_coordinates(lane, element, kind) for lane in range(32) for element in range(32)]
     assert sorted(places) == [(row, column) for row in range(16) for column in range(64)]
-    assert sorted(map(layout.bit_position, range(32))) == list(range(32))
+    assert sorted(layout.bit_position(element, kind) for element in range(32)) == list(range(32))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

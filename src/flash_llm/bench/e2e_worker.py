@@ -31,7 +31,7 @@ from flash_llm.bench.e2e import LARGEST, sparsity
 KINDS = (  # of kernels: the first pattern that is found in the name decides
     ("communication", r"nccl|all_?reduce|cross_device_reduce|all_?gather|multimem"),
     ("attention", r"flash|attn|attention|fmha|reshape_and_cache"),
-    ("linear", r"\bspmm|\bunpack|gemm|gemv|cutlass|nvjet|machete|marlin|cublas|splitk|xmma|scaled_mm"),
+    ("linear", r"\bspmm|\bunpack|\bsplit_x|gemm|gemv|cutlass|nvjet|machete|marlin|cublas|splitk|xmma|scaled_mm"),
 )
 _FIRST_TOKEN_RUNS = 3
 _PROFILED_TOKENS = 17

@@ -252,7 +252,7 @@ def _sparse(run: _Run, weights: list[PackedWeight], x: Tensor, dense: Row, weigh
         "bytes_an_element": packed.nbytes / (rows * columns),
         "relative_error": error,
         "tile_words": packed.tile_words,
-        "kernel": cuda.configuration(packed, n)[0] if packed.device.type == "cuda" else "reference",
+        "kernel": cuda.configurations(packed, n)[0][0] if packed.device.type == "cuda" else "reference",
         "rotated_bytes": len(weights) * packed.nbytes,
     }
 

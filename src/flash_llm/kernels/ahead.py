@@ -31,7 +31,7 @@ def begin_weight(weight: PackedWeight, ns: Iterable[int] = ROWS_OF_X) -> list[Fu
     """Begins to compile what a weight on a GPU takes for the numbers ``ns`` of rows of x; see :func:`begin`."""
     from flash_llm.kernels import cuda
 
-    return begin({cuda.configuration(weight, n) for n in ns})
+    return begin({found for n in ns for found in cuda.configurations(weight, n)})
 
 
 def begin(configurations: Iterable[Configuration]) -> list[Future[Path]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_llm.kernels import ahead, choice, counters, launch, plan, tuned
 from flash_llm.tensor import PackedWeight
-from flash_llm.tensor.layout import WORD_COLUMNS, ValueKind, grid
+from flash_llm.tensor.layout import WORD_COLUMNS, ValueKind, ceil_div, grid
 
 
 class _UnpackParams(ctypes.Structure):
@@ -24,7 +24,7 @@ class _SpmmParams(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("bitmap", "packets", "offsets", "x", "bias", "scales", "y", "partial", "arrivals")
+            for name in ("bitmap", "packets", "offsets", "x", "bias", "scales", "x_scales", "y", "partial", "arrivals")
         ),
         ("x_stride", ctypes.c_longlong),
         *(
@@ -36,6 +36,14 @@ class _SpmmParams(ctypes.Structure):
 
 class _HopperParams(ctypes.Structure):
     _fields_ = (("x", ctypes.c_uint64 * 16), ("spmm", _SpmmParams))
+
+
+class _SplitParams(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "split", "scales")),
+        ("x_stride", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("n", "columns", "pitch", "tiles", "scale_pitch")),
+    )
 
 
 @functools.cache
@@ -89,12 +97,15 @@ def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, chose
     device = weight.device.index
     strips, words, tiles = grid(rows, columns, weight.tile_words)
     chosen = chosen or plan_for(weight, x.shape[0])
+    defines = dict(chosen.defines)
+    split, x_scales = _split(x, weight, defines["N_BLOCKS"] * 8) if chosen.splits_x else (x, None)
     partial = torch.empty(chosen.partial_floats, dtype=torch.float32, device=x.device)
     params = _SpmmParams(
         *_pointers(weight),
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
         _scales(weight),
+        None if x_scales is None else x_scales.data_ptr(),
         y.data_ptr(),
         partial.data_ptr(),
         counters.arrivals(device, chosen.counters),
@@ -104,17 +115,36 @@ def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, chose
     kernel = launch.get(chosen.source, "spmm", chosen.defines, launch.architecture(device))
     argument: ctypes.Structure = params
     if chosen.source == "spmm_sm90.cu":
-        argument = _HopperParams(_x_map(x, dict(chosen.defines)["N_BLOCKS"] * 8), params)
+        argument = _HopperParams(_x_map(split, defines["N_BLOCKS"] * 8 * (1 + defines["X8"])), params)
     kernel.launch(argument, chosen.blocks, chosen.threads, chosen.shared, device, overlap=True)
+
+
+def _split(x: Tensor, weight: PackedWeight, rows_at_once: int) -> tuple[Tensor, Tensor]:
+    """x [n, K] in two parts of 8 bits, as ``csrc/split_x.cu`` makes them, and what sums are to be multiplied by."""
+    n, columns = x.shape
+    _, words, tiles = grid(*weight.shape, weight.tile_words)
+    pitch, scale_pitch = words * WORD_COLUMNS, ceil_div(n, rows_at_once) * rows_at_once
+    split = torch.empty(ceil_div(n, 8) * 16, pitch, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(tiles, scale_pitch, dtype=torch.float32, device=x.device)
+    device = weight.device.index
+    numbers = (n, columns, pitch, tiles, scale_pitch)
+    params = _SplitParams(x.data_ptr(), split.data_ptr(), scales.data_ptr(), x.stride(0), *numbers)
+    chosen = _split_plan(weight, n)
+    kernel = launch.get("split_x.cu", "split_x", chosen.defines, launch.architecture(device))
+    kernel.launch(params, chosen.blocks, chosen.threads, 0, device, overlap=True)
+    return split, scales
+
+
+_MAP_KINDS = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.uint8: "UINT8"}
 
 
 def _x_map(x: Tensor, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
     """The copy engine's description of x [n, K]: boxes of ``box_rows`` rows and 64 columns, zeros outside of x."""
     cu = launch.driver()
-    kind = cu.CUtensorMapDataType
     pitch = max(x.stride(0), -(-x.shape[1] // 8) * 8) * x.element_size()
+    swizzle = f"CU_TENSOR_MAP_SWIZZLE_{WORD_COLUMNS * x.element_size()}B"
     status, tensor_map = cu.cuTensorMapEncodeTiled(
-        kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if x.dtype == torch.bfloat16 else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        getattr(cu.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_MAP_KINDS[x.dtype]}"),
         2,
         x.data_ptr(),
         [cu.cuuint64_t(x.shape[1]), cu.cuuint64_t(x.shape[0])],
@@ -122,7 +152,7 @@ def _x_map(x: Tensor, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
         [cu.cuuint32_t(WORD_COLUMNS), cu.cuuint32_t(box_rows)],
         [cu.cuuint32_t(1), cu.cuuint32_t(1)],
         cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        cu.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        getattr(cu.CUtensorMapSwizzle, swizzle),
         cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
         cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
@@ -130,18 +160,33 @@ def _x_map(x: Tensor, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
     return (ctypes.c_uint64 * 16).from_buffer_copy(ctypes.string_at(tensor_map.getPtr(), 128))
 
 
-def configuration(weight: PackedWeight, n: int) -> ahead.Configuration:
-    """Source, defines and architecture of the kernel that a weight on a GPU takes for n rows of x, at least 1."""
+def configurations(weight: PackedWeight, n: int) -> list[ahead.Configuration]:
+    """Source, defines and architecture of the kernels that a weight on a GPU takes for n rows of x, at least 1.
+
+    The one that does most of the work comes first.
+    """
     arch = launch.architecture(weight.device.index)
     if n >= plan.unpack_from(seen(weight.device.index)):
-        return "unpack.cu", _unpack_plan(weight).defines, arch
-    chosen = plan_for(weight, plan.rows_in_a_pass(n, weight.shape[1]))
-    return chosen.source, chosen.defines, arch
+        return [("unpack.cu", _unpack_plan(weight).defines, arch)]
+    a_pass = plan.rows_in_a_pass(n, weight.shape[1])
+    last = n % a_pass or a_pass
+    found = []
+    for part in (a_pass, last):
+        chosen = plan_for(weight, part)
+        found.append((chosen.source, chosen.defines, arch))
+        if chosen.splits_x:
+            found.append(("split_x.cu", _split_plan(weight, part).defines, arch))
+    return list(dict.fromkeys(found))
 
 
 def _unpack_plan(weight: PackedWeight) -> plan.UnpackPlan:
     sizes = (*weight.shape, weight.max_packets, weight.tile_words)
     return plan.unpack_plan(device_properties(weight.device.index), *sizes, bool(_is_bf16(weight)), weight.kind)
+
+
+def _split_plan(weight: PackedWeight, n: int) -> plan.SplitPlan:
+    tiles = grid(*weight.shape, weight.tile_words)[2]
+    return plan.split_plan(n, tiles, weight.tile_words, bool(_is_bf16(weight)), weight.kind)
 
 
 def seen(device: int) -> plan.Device:

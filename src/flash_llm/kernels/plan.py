@@ -17,6 +17,7 @@ FETCH_WARPS = 4
 _FETCH_REGISTERS = 32
 _REGISTERS = 65536  # of a multiprocessor, on all of these architectures
 _STATIC_BYTES = 128
+_RESERVED = 1024  # of each block, by CUDA itself
 _RING_EXTRA = 1024 + 128  # aligned by 1024, and its barriers
 _WIDE_ADDRESSES = 22  # registers
 _RING_BYTES = {1: 48 << 10, 2: 12 << 10, 3: 12 << 10}  # for pieces of X on Hopper, by blocks a multiprocessor
@@ -24,6 +25,10 @@ _WIDE_WARPS = 8  # a block's multiplying warps from 65 rows of x on: two warpgro
 _WIDE_PRODUCTS, _WIDE_DECODE = 32, 290  # cycles of a word for a block: for each block of 8 rows of x, and besides
 _ADDING_UP = 1  # words' time for each block of 8 rows of x: what adding up a shared job costs
 _LEAST_STAGES, _MOST_STAGES = 3, 6
+_X8_ROWS = 64  # of x, up to which 8-bit values are multiplied as they are, with x split in two
+_X8_WORDS = 200  # of the weight a multiprocessor, from which on that repays a kernel of its own for splitting x
+_X8_MIDDLE = 450  # words a multiprocessor, up to which small blocks are quicker even if there is room for 8 warps only
+_SPLIT_WARPS = 4  # of a block
 _SMALL = 700  # words of the weight a multiprocessor, up to which smaller blocks are thought of
 _CHUNK_WORDS = {True: {1: 4, 2: 4, 4: 2, 8: 2}, False: {1: 8, 2: 8, 4: 4, 8: 2}}  # Hopper or not; blocks of n
 
@@ -53,6 +58,11 @@ class SpmmPlan:
     column_bytes: int
     partial_floats: int
 
+    @property
+    def splits_x(self) -> bool:
+        """Whether x goes to the tensor cores as two parts of 8 bits."""
+        return bool(dict(self.defines).get("X8"))
+
 
 def spmm_plan(
     device: Device,
@@ -78,36 +88,44 @@ def spmm_plan(
             far as shared memory allows.
         warps: a block's multiplying warps.
         resident: blocks that are to share a multiprocessor, 1 to 3.
-        values: how the weight's nonzeros are stored.
+        values: how the weight's nonzeros are stored. Those of 8 bits are multiplied as they are on Hopper, up to 64
+            rows of x and in weights that are not small, and widened to 16 bits elsewhere.
 
     Raises:
         ValueError: n is out of range.
     """
     if n < 1:
         raise ValueError(f"n={n} rows of x: it takes at least 1")
-    hopper = device.capability == (9, 0)
+    hopper, processors = device.capability == (9, 0), device.multiprocessors
     column_bytes = _column_bytes(max_packets, values)
     n_blocks = n_blocks or _n_blocks(device, rows, columns, n, column_bytes)
     wide = n_blocks > 8
-    if hopper and not wide and warps is None and resident is None:
-        warps, resident = _small_blocks(device, rows, columns, tile_words, n_blocks)
-    resident = resident or 1
+    x8 = hopper and values is not ValueKind.BITS16 and n <= _X8_ROWS and _words(rows, columns) >= _X8_WORDS * processors
     chunk_words = 1 if wide else chunk(tile_words, _CHUNK_WORDS[hopper][n_blocks])
-    stage = n_blocks * 8 * (chunk_words * WORD_COLUMNS * 2 + (0 if hopper else 16))
+    stage = n_blocks * 8 * (chunk_words * WORD_COLUMNS * 2 + (0 if hopper else 16) + (4 if x8 else 0))
+    if hopper and not wide and warps is None and resident is None:
+        if x8 and n_blocks <= 2:
+            warps, resident = _x8_blocks(device, rows, columns, tile_words, n_blocks, column_bytes, stage)
+        else:
+            warps, resident = _small_blocks(device, rows, columns, tile_words, n_blocks)
+    resident = resident or 1
     if wide:
         warps = warps or _WIDE_WARPS
         stages = _wide_stages(device, stage, warps * column_bytes)
     else:
-        stages = max(_LEAST_STAGES, min(_MOST_STAGES, _RING_BYTES[resident] // stage)) if hopper else 2
+        ring_bytes = _RING_BYTES[resident]
+        if x8 and warps is not None and resident == 1:
+            ring_bytes = min(ring_bytes, _room(device) - warps * column_bytes)
+        stages = max(_LEAST_STAGES, min(_MOST_STAGES, ring_bytes // stage)) if hopper else 2
     ring = stages * stage + (_RING_EXTRA if hopper else 0)
     strips, words, tiles = grid(rows, columns, tile_words)
     if warps is None:
         fitting = (device.shared_memory - _STATIC_BYTES - ring) // column_bytes
-        warps = max(4, min(_best_warps(hopper, n_blocks, tile_words), fitting // 4 * 4))
+        warps = max(4, min(_best_warps(hopper, n_blocks, tile_words, x8), fitting // 4 * 4))
     row_blocks = ceil_div(strips, warps)
     jobs = row_blocks * ceil_div(n, 8 * n_blocks)
     units = jobs * tiles
-    blocks = min(device.multiprocessors * resident, units)
+    blocks = min(processors * resident, units)
     if wide:
         blocks, _ = _wide_shares(jobs, blocks, words, n_blocks)
     mean = int(packets / (strips * tiles * LANES))  # packets of a lane in a tile
@@ -128,9 +146,10 @@ def spmm_plan(
         "VALUES": values.code,
     }
     if hopper:
-        defines |= {"STAGES": stages, "WGMMA": int(n_blocks >= 4), "RESIDENT": resident}
+        defines |= {"STAGES": stages, "WGMMA": int(n_blocks >= 4 and not x8), "RESIDENT": resident}
         defines |= {"REGISTERS": registers, "FETCH_REGISTERS": _FETCH_REGISTERS}
-        if n_blocks <= 2 and resident == 1:
+        defines |= {"X8": int(x8), "GROUP": _x8_group(tile_words, n_blocks) if x8 else 1}
+        if n_blocks <= 2 and resident == 1 and not x8:
             defines["REGISTERS"] -= 8  # more than enough; offered all, the compiler spills some for no reason
     return SpmmPlan(
         source="spmm_sm90.cu" if hopper else "spmm_sm80.cu",
@@ -140,7 +159,7 @@ def spmm_plan(
         shared=ring + warps * column_bytes,
         units=units,
         row_blocks=row_blocks,
-        counters=jobs,
+        counters=jobs * warps,
         column_bytes=column_bytes,
         partial_floats=2 * blocks * n_blocks * 4 * warps * LANES,
     )
@@ -199,6 +218,24 @@ def unpack_plan(
     )
 
 
+@dataclass(frozen=True)
+class SplitPlan:
+    """A configuration of the kernel that splits x into two parts of 8 bits: ``csrc/split_x.cu``."""
+
+    defines: tuple[tuple[str, int], ...]
+    blocks: int
+    threads: int
+
+
+def split_plan(n: int, tiles: int, tile_words: int, bf16: bool, values: ValueKind) -> SplitPlan:
+    """The configuration for x of n rows, and a weight with 8-bit values of that kind and ``tiles`` tiles in a row."""
+    return SplitPlan(
+        defines=(("BF16", int(bf16)), ("TILE_WORDS", tile_words), ("VALUES", values.code)),
+        blocks=ceil_div(n * tiles, _SPLIT_WARPS),
+        threads=_SPLIT_WARPS * LANES,
+    )
+
+
 def _column_bytes(max_packets: int, values: ValueKind) -> int:
     """Shared memory of a warp: its lanes' columns for a tile."""
     return (values.packet_values * max(max_packets, 1) + 1) * 4 * LANES
@@ -240,11 +277,18 @@ def _wide_shares(jobs: int, most: int, words: int, n_blocks: int) -> tuple[int, 
 
 def _wide_stages(device: Device, stage: int, columns: int) -> int:
     """Pieces of x that fit into shared memory beside the warps' columns."""
-    return min(_MOST_STAGES, (device.shared_memory - _STATIC_BYTES - _RING_EXTRA - columns) // stage)
+    return min(_MOST_STAGES, (_room(device) - columns) // stage)
 
 
-def _best_warps(hopper: bool, n_blocks: int, tile_words: int) -> int:
+def _room(device: Device) -> int:
+    """Shared memory of a block of the Hopper kernel, for pieces of x and the warps' columns."""
+    return device.shared_memory - _STATIC_BYTES - _RING_EXTRA
+
+
+def _best_warps(hopper: bool, n_blocks: int, tile_words: int, x8: bool) -> int:
     """Warps of a block that were found quickest on an H100, and that leave each the registers it needs."""
+    if x8:
+        return 8 if n_blocks == 8 else 12
     if n_blocks == 8 and tile_words > (8 if hopper else 6):
         return 8
     return 12 if hopper or tile_words > 8 or n_blocks > 2 else 16
@@ -259,8 +303,8 @@ def _small_blocks(
     Small blocks share the work more evenly, and where several fit at a time, the next kernel's first blocks load their
     weights while this one's last ones still work. Fitted to an H100 at 4096 x 4096 to 9216 x 9216.
     """
-    strips, words, tiles = grid(rows, columns, tile_words)
-    if n_blocks == 8 or strips * words > _SMALL * device.multiprocessors:
+    strips, _, tiles = grid(rows, columns, tile_words)
+    if n_blocks == 8 or _words(rows, columns) > _SMALL * device.multiprocessors:
         return None, None
 
     def cycles(choice: tuple[int, int]) -> float:
@@ -271,6 +315,38 @@ def _small_blocks(
 
     best = min([(12, 1), (8, 1), (4, 2), *([(4, 3)] if n_blocks == 1 else [])], key=cycles)
     return (None, None) if best == (12, 1) else best
+
+
+def _x8_blocks(
+    device: Device, rows: int, columns: int, tile_words: int, n_blocks: int, column_bytes: int, stage: int
+) -> tuple[int, int]:
+    """(warps, resident) where 8-bit values are multiplied as they are: 16 warps a multiprocessor, if there is room.
+
+    Two blocks of 8 of them for a weight that is soon read, for the reasons of :func:`_small_blocks`.
+    """
+
+    def fits(warps: int, resident: int) -> bool:
+        if warps * resident == 16 and tile_words > (12 if n_blocks == 1 else 10):
+            return False  # a thread's registers don't suffice
+        a_block = _LEAST_STAGES * stage + warps * column_bytes + _RING_EXTRA + _STATIC_BYTES + _RESERVED
+        return resident * a_block <= device.shared_memory + _RESERVED
+
+    words = _words(rows, columns) / device.multiprocessors
+    if words <= _SMALL and fits(8, 2):
+        return 8, 2
+    if words <= _X8_MIDDLE:
+        return 4, 2
+    return next(((warps, 1) for warps in (16, 12, 8) if fits(warps, 1)), (4, 1))
+
+
+def _x8_group(tile_words: int, n_blocks: int) -> int:
+    """Words that are multiplied together, as was quickest; a tile must have an even number of such groups."""
+    return 2 if (tile_words, n_blocks) in ((4, 1), (4, 2), (8, 1)) else 1
+
+
+def _words(rows: int, columns: int) -> int:
+    """Bitmap words of a lane in all of a weight."""
+    return ceil_div(rows, STRIP_ROWS) * ceil_div(columns, WORD_COLUMNS)
 
 
 def multiplying_registers(warps: int, resident: int) -> int:

@@ -47,9 +47,9 @@ def random_packed(
     device = torch.device(device)
     strips, words, _ = grid(rows, columns, 1)
     bitmap = _random_bits((strips, words, LANES), 1 - sparsity, device, generator)
-    _clear_margins(bitmap, rows, columns)
-    counts = _pack.word_counts(bitmap)
     kind = ValueKind(values)
+    _clear_margins(bitmap, rows, columns, kind)
+    counts = _pack.word_counts(bitmap)
     tile_words = _pack.choose_tile_words(counts, kind)
     packets = _pack._packets(_pack.tile_counts(counts, tile_words), kind.packet_values)
     offsets = _pack.packet_offsets(packets.sum(-1).flatten(), rows, columns)
@@ -90,9 +90,9 @@ def _random_bits(
     return words
 
 
-def _clear_margins(bitmap: Tensor, rows: int, columns: int) -> None:
+def _clear_margins(bitmap: Tensor, rows: int, columns: int, kind: ValueKind) -> None:
     """Clears, in place, bits below the last row and right of the last column, with the bitmaps of matrices of ones."""
     wide = torch.ones(STRIP_ROWS, columns, dtype=torch.float16, device=bitmap.device)
-    bitmap &= PackedWeight.from_dense(wide).bitmap
+    bitmap &= PackedWeight.from_dense(wide, values=kind).bitmap
     if rows % STRIP_ROWS:
-        bitmap[-1:] &= PackedWeight.from_dense(wide[: rows % STRIP_ROWS]).bitmap
+        bitmap[-1:] &= PackedWeight.from_dense(wide[: rows % STRIP_ROWS], values=kind).bitmap

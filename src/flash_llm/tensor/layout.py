@@ -12,8 +12,11 @@ from enum import Enum
 
 import torch
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The newest that is read; what is written is ``ValueKind.format_version``, the oldest that can say it."""
+
+RETIRED_VERSIONS = (2,)
+"""Versions that no release wrote and none reads: the first form of 8-bit values, with elements in another order."""
 
 STRIP_ROWS = 16
 """Rows of a strip: the M of the tensor cores' instruction for one warp."""
@@ -97,33 +100,39 @@ class ValueKind(Enum):
     @property
     def format_version(self) -> int:
         """That weights of this kind are written in: readers of version 1 know 16-bit values alone."""
-        return 1 if self is ValueKind.BITS16 else 2
+        return 1 if self is ValueKind.BITS16 else 3
 
 
 _KINDS = {torch.float8_e4m3fn: ValueKind.E4M3, torch.int8: ValueKind.INT8}
 
 
-def bit_position(element: int) -> int:
+def bit_position(element: int, kind: ValueKind = ValueKind.BITS16) -> int:
     """Where the bit of a lane's ``element`` (0 to 31) stands in its bitmap word.
 
-    Elements are dealt to the four bytes in turn, from each byte's top bit down, and all are moved on by one place
-    (element 31 wraps to the front). A shift by s then brings elements 4s-1 to 4s+2 to the four bytes' top bits, where
-    one ``dp4a`` counts them and one ``prmt`` spreads them into masks: see ``kernels/csrc/decode.cuh``.
+    Elements are dealt to the four bytes in turn. 16-bit values: from each byte's top bit down, and all are moved on by
+    one place (element 31 wraps to the front). A shift by s then brings elements 4s-1 to 4s+2 to the four bytes' top
+    bits, where one ``dp4a`` counts them and one ``prmt`` spreads them into masks. 8-bit values: from each byte's lowest
+    bit up, so that elements 4s to 4s+3, which are one register, are bits s of the four bytes. See
+    ``kernels/csrc/decode.cuh``.
     """
+    if kind is not ValueKind.BITS16:
+        return 8 * (element % 4) + element // 4
     place = (element + 1) % WORD_BITS
     return 8 * (place % 4) + 7 - place // 4
 
 
-def element_coordinates(lane: int, element: int) -> tuple[int, int]:
+def element_coordinates(lane: int, element: int, kind: ValueKind = ValueKind.BITS16) -> tuple[int, int]:
     """(row in the strip, column in the word) of a lane's element.
 
     Lane ``4 g + t`` owns rows g and g + 8. Its elements run through the word's four K steps of 16 columns; in a step
-    come columns 2t, 2t+1 of row g, the same of row g + 8, then columns 2t+8, 2t+9 of both rows.
+    come columns 2t, 2t+1 of row g, the same of row g + 8, then columns 2t+8, 2t+9 of both rows. With 8-bit values all
+    four columns of row g come first, then those of row g + 8: four values are a register there.
     """
     group, thread = divmod(lane, 4)
     step, rest = divmod(element, 8)
-    column_half, rest = divmod(rest, 4)
-    row_half, column = divmod(rest, 2)
+    first, rest = divmod(rest, 4)
+    second, column = divmod(rest, 2)
+    row_half, column_half = (second, first) if kind is ValueKind.BITS16 else (first, second)
     return group + 8 * row_half, 16 * step + 8 * column_half + 2 * thread + column
 
 

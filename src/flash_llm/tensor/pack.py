@@ -71,9 +71,9 @@ def pack(raw: Tensor, kind: ValueKind, tile_words: int | None = None) -> PackedT
     values, packets = [], []
     max_packets = 0
     for first, last in strip_chunks(rows, columns, raw.device):
-        lanes = _to_lane_order(raw[first * STRIP_ROWS : last * STRIP_ROWS], words, tile_words)
+        lanes = _to_lane_order(raw[first * STRIP_ROWS : last * STRIP_ROWS], words, tile_words, kind)
         mask = _nonzero(lanes)
-        bits = _bits_from_mask(mask).view(last - first, tiles, LANES, tile_words).transpose(2, 3)
+        bits = _bits_from_mask(mask, kind).view(last - first, tiles, LANES, tile_words).transpose(2, 3)
         bitmap[first:last] = bits.reshape(last - first, tiles * tile_words, LANES)[:, :words]
         counts = mask.sum(-1, dtype=torch.int32)
         in_lanes = _packets(counts, per_packet)
@@ -95,7 +95,7 @@ def unpack(packed: PackedTensors, rows: int, columns: int) -> Tensor:
     kind = ValueKind.INT8 if of_8_bits else ValueKind.BITS16
     source = packed.values.view(torch.uint8 if of_8_bits else torch.int16).view(-1, kind.packet_values)
     for first, last in strip_chunks(rows, columns, bitmap.device):
-        mask = mask_from_bitmap(bitmap[first:last], tile_words)
+        mask = mask_from_bitmap(bitmap[first:last], tile_words, kind)
         counts = mask.sum(-1, dtype=torch.int32)
         begin, end = (int(packed.offsets[i * tiles]) for i in (first, last))
         by_lane = torch.empty(end - begin, kind.packet_values, dtype=torch.int16, device=bitmap.device)
@@ -103,7 +103,7 @@ def unpack(packed: PackedTensors, rows: int, columns: int) -> Tensor:
         by_lane[order] = source[begin:end].to(torch.int16) | (STORED if of_8_bits else 0)
         lanes = _spread(by_lane.view(-1), mask, counts, kind.packet_values)
         top, bottom = first * STRIP_ROWS, min(last * STRIP_ROWS, rows)
-        raw[top:bottom] = _from_lane_order(lanes, words)[: bottom - top, :columns]
+        raw[top:bottom] = _from_lane_order(lanes, words, kind)[: bottom - top, :columns]
     return raw
 
 
@@ -113,7 +113,7 @@ def lane_counts(raw: Tensor) -> Tensor:
     _, words, _ = grid(rows, columns, 1)
     counts = []
     for first, last in strip_chunks(rows, columns, raw.device):
-        lanes = _to_lane_order(raw[first * STRIP_ROWS : last * STRIP_ROWS], words, 1)
+        lanes = _to_lane_order(raw[first * STRIP_ROWS : last * STRIP_ROWS], words, 1, ValueKind.BITS16)
         counts.append(_nonzero(lanes).sum(-1, dtype=torch.int16))
     return torch.cat(counts)
 
@@ -184,18 +184,18 @@ def word_counts(bitmap: Tensor) -> Tensor:
     return ((x * 0x01010101) >> 24).bitwise_and_(0xFF).to(torch.int16)
 
 
-def mask_from_bitmap(bitmap: Tensor, tile_words: int) -> Tensor:
+def mask_from_bitmap(bitmap: Tensor, tile_words: int, kind: ValueKind) -> Tensor:
     """The nonzero mask in lane order, [strips, tiles, 32, 32 * tile_words] bool, of some strips' bitmap."""
     strips, words, _ = bitmap.shape
     tiles = ceil_div(words, tile_words)
     padded = torch.nn.functional.pad(bitmap, (0, 0, 0, tiles * tile_words - words))
     bits = padded.view(strips, tiles, tile_words, LANES).transpose(2, 3).unsqueeze(-1)
-    bytes_ = (bits >> _shifts(bitmap.device)) & 0x01010101
+    bytes_ = (bits >> _shifts(kind, bitmap.device)) & 0x01010101
     mask = bytes_.contiguous().view(torch.bool)
-    return mask.roll(-1, dims=-1).view(strips, tiles, LANES, tile_words * WORD_BITS)
+    return mask.roll(-_turn(kind), dims=-1).view(strips, tiles, LANES, tile_words * WORD_BITS)
 
 
-def _to_lane_order(raw: Tensor, words: int, tile_words: int) -> Tensor:
+def _to_lane_order(raw: Tensor, words: int, tile_words: int, kind: ValueKind) -> Tensor:
     """[rows, K] int16 to [strips, tiles, 32 lanes, 32 * tile_words elements], padded with zeros."""
     rows, columns = raw.shape
     strips, tiles = ceil_div(rows, STRIP_ROWS), ceil_div(words, tile_words)
@@ -204,28 +204,37 @@ def _to_lane_order(raw: Tensor, words: int, tile_words: int) -> Tensor:
         raw = torch.nn.functional.pad(raw, (0, width - columns, 0, strips * STRIP_ROWS - rows))
     # Two neighbouring columns always travel together: half the elements to move as int32.
     pairs = raw.view(torch.int32).view(strips, 2, 8, tiles, tile_words * 4, 2, 4)
-    return pairs.permute(0, 3, 2, 6, 4, 5, 1).contiguous().view(torch.int16).view(strips, tiles, LANES, -1)
+    order = (0, 3, 2, 6, 4, 5, 1) if kind is ValueKind.BITS16 else (0, 3, 2, 6, 4, 1, 5)
+    return pairs.permute(order).contiguous().view(torch.int16).view(strips, tiles, LANES, -1)
 
 
-def _from_lane_order(lanes: Tensor, words: int) -> Tensor:
+def _from_lane_order(lanes: Tensor, words: int, kind: ValueKind) -> Tensor:
     """The inverse of :func:`_to_lane_order`: [16 * strips, padded K]."""
     strips, tiles, _, elements = lanes.shape
     pairs = lanes.view(torch.int32).view(strips, tiles, 8, 4, elements // 8, 2, 2)
-    return pairs.permute(0, 6, 2, 1, 4, 5, 3).contiguous().view(torch.int16).view(strips * STRIP_ROWS, -1)
+    order = (0, 6, 2, 1, 4, 5, 3) if kind is ValueKind.BITS16 else (0, 5, 2, 1, 4, 6, 3)
+    return pairs.permute(order).contiguous().view(torch.int16).view(strips * STRIP_ROWS, -1)
 
 
 def _nonzero(raw: Tensor) -> Tensor:
     return (raw & 0x7FFF) != 0  # both zeros, +0.0 and -0.0, are dropped
 
 
-def _shifts(device: torch.device) -> Tensor:
-    return torch.arange(_STEPS - 1, -1, -1, dtype=torch.int32, device=device)
+def _shifts(kind: ValueKind, device: torch.device) -> Tensor:
+    """Which bit of its byte each of a lane's four elements in turn has: see ``layout.bit_position``."""
+    shifts = torch.arange(_STEPS, dtype=torch.int32, device=device)
+    return shifts.flip(0) if kind is ValueKind.BITS16 else shifts
 
 
-def _bits_from_mask(mask: Tensor) -> Tensor:
+def _turn(kind: ValueKind) -> int:
+    """Places that elements are moved on by before they become bits."""
+    return 1 if kind is ValueKind.BITS16 else 0
+
+
+def _bits_from_mask(mask: Tensor, kind: ValueKind) -> Tensor:
     """Bitmap words of a mask whose last dimension is a multiple of 32 elements: see ``layout.bit_position``."""
-    bytes_ = mask.view(-1, WORD_BITS).roll(1, dims=-1).view(torch.int32)  # four elements, a byte each
-    return (bytes_ << _shifts(mask.device)).sum(-1, dtype=torch.int32)
+    bytes_ = mask.view(-1, WORD_BITS).roll(_turn(kind), dims=-1).view(torch.int32)  # four elements, a byte each
+    return (bytes_ << _shifts(kind, mask.device)).sum(-1, dtype=torch.int32)
 
 
 def _packets(counts: Tensor, per_packet: int = PACKET_VALUES) -> Tensor:

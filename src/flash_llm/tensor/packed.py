@@ -16,6 +16,7 @@ from flash_llm.tensor.layout import (
     FORMAT_VERSION,
     LANE_CAPACITY,
     LANES,
+    RETIRED_VERSIONS,
     STRIP_ROWS,
     TILE_WORDS,
     VALUE_DTYPES,
@@ -390,12 +391,17 @@ class PackedWeight:
 
     def _check_margins(self, words: int) -> None:
         rows, columns = self.shape
-        last_strip = _pack.mask_from_bitmap(self.bitmap[-1:], words)
-        last_words = _pack.mask_from_bitmap(self.bitmap[:, -1:], 1)
-        below = _pack._from_lane_order(last_strip.to(torch.int16), words)[1 + (rows - 1) % STRIP_ROWS :]
-        right = _pack._from_lane_order(last_words.to(torch.int16), 1)[:, 1 + (columns - 1) % WORD_COLUMNS :]
+        last_strip = self._dense_mask(self.bitmap[-1:])
+        last_words = self._dense_mask(self.bitmap[:, -1:])
+        below, right = last_strip[1 + (rows - 1) % STRIP_ROWS :], last_words[:, 1 + (columns - 1) % WORD_COLUMNS :]
         if bool(below.any()) or bool(right.any()):
             raise FormatError(f"the bitmap has bits set outside of {rows} x {columns}: damaged")
+
+    def _dense_mask(self, bitmap: Tensor) -> Tensor:
+        """[16 * strips, 64 * words], nonzero where a bit of ``bitmap [strips, words, 32]`` is set."""
+        words = bitmap.shape[1]
+        mask = _pack.mask_from_bitmap(bitmap, words, self.kind)
+        return _pack._from_lane_order(mask.to(torch.int16), words, self.kind)
 
     def _checksum(self) -> int:
         parts = [checksum(getattr(self, name)) for name in TENSOR_NAMES]
@@ -442,7 +448,7 @@ def parse_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parse_kind(metadata: Mapping[str, Any]) -> ValueKind:
-    """Version 1 knows 16-bit values alone, and version 2 is for the others."""
+    """Version 1 knows 16-bit values alone, and version 3 is for the others."""
     version = metadata.get("format_version")
     check_version(version, "format version")
     if version == ValueKind.BITS16.format_version:
@@ -459,9 +465,10 @@ def _parse_kind(metadata: Mapping[str, Any]) -> ValueKind:
 
 def check_version(version: Any, what: str) -> None:
     """Raises a FormatError that says what to do about a version that isn't known; ``what`` has it."""
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    known = [number for number in range(1, FORMAT_VERSION + 1) if number not in RETIRED_VERSIONS]
+    if type(version) is not int or version not in known:
         hint = "upgrade flash-llm" if isinstance(version, int) and version > FORMAT_VERSION else "compress it again"
-        raise FormatError(f"{what} {version!r}; this release reads versions 1 to {FORMAT_VERSION}: {hint}")
+        raise FormatError(f"{what} {version!r}; this release reads versions {' and '.join(map(str, known))}: {hint}")
 
 
 def empty_state(metadata: Mapping[str, Any], device: torch.device | str = "meta") -> dict[str, Tensor]:

@@ -6,8 +6,13 @@
 // first element, the low half is that element if it is nonzero, and the high half the second one if that is nonzero.
 // A mask made of the two bits clears what is not. That is 5 instructions for 2 elements, and no branch.
 //
-// Values of 8 bits become 16-bit ones on their way to the column: values.cuh. From there on all is the same.
+// Values of 8 bits are either multiplied as they are (X8, spmm_sm90.cu): then word q of the column holds values q to q+3,
+// and any four neighbouring elements, a register, are one load. Or they become 16-bit ones on their way to the column
+// (values.cuh), and all is as above.
 #pragma once
+#ifndef X8
+#define X8 0
+#endif
 #include "values.cuh"
 
 constexpr int LANES = 32;
@@ -69,9 +74,10 @@ struct Packets {
   // Lanes without a packet in a row write what they happen to hold: behind their last value, where nobody reads.
   DEVICE void store(uint32_t column, int lane) const {
     uint32_t previous = 0;
+    if constexpr (X8) column -= 4 * COLUMN_STEP;  // the words of a register are written when the next one is known
 #pragma unroll
     for (int r = 0; r < AHEAD; ++r) {
-      if (r < FULL || r < rows.most) store_packet(column, previous, held[r]);
+      if (r < FULL || r < rows.most) store_packet(column, previous, held[r], r == 0);
     }
     // One at a time. A packet that is loaded and then perhaps not stored would make the next load into its registers
     // wait for whatever else is under way.
@@ -79,12 +85,25 @@ struct Packets {
     for (int r = AHEAD; r < rows.most; ++r) {
       uint4 packet = {};
       load_row(packet, r, row, lane);
-      store_packet(column, previous, packet);
+      store_packet(column, previous, packet, false);
     }
-    store_shared(column, previous >> 16);
+    if constexpr (X8) {
+      store_fours(column, previous, 0);
+    } else {
+      store_shared(column, previous >> 16);
+    }
   }
 
-  static DEVICE void store_packet(uint32_t& column, uint32_t& previous, const uint4& packet) {
+  static DEVICE void store_packet(uint32_t& column, uint32_t& previous, const uint4& packet, bool first) {
+    if constexpr (X8) {
+      if (!first) store_fours(column, previous, packet.x);
+      store_fours(column + 4 * COLUMN_STEP, packet.x, packet.y);
+      store_fours(column + 8 * COLUMN_STEP, packet.y, packet.z);
+      store_fours(column + 12 * COLUMN_STEP, packet.z, packet.w);
+      previous = packet.w;
+      column += PACKET_VALUES * COLUMN_STEP;
+      return;
+    }
     uint32_t pairs[PACKET_PAIRS];
     packet_pairs(pairs, packet);
 #pragma unroll
@@ -95,11 +114,29 @@ struct Packets {
     }
     column += PACKET_VALUES * COLUMN_STEP;
   }
+
+  // The four words that begin with a value of `four`, of which `next` has the following ones.
+  static DEVICE void store_fours(uint32_t column, uint32_t four, uint32_t next) {
+    store_shared(column, four);
+    store_shared(column + COLUMN_STEP, prmt(four, next, 0x4321));
+    store_shared(column + 2 * COLUMN_STEP, prmt(four, next, 0x5432));
+    store_shared(column + 3 * COLUMN_STEP, prmt(four, next, 0x6543));
+  }
 };
+
+// Where register i of a word's pairs, taken in the order of its elements, belongs among the A registers.
+DEVICE constexpr int pair_place(int i) { return VALUES ? (i & ~3) | (i & 1) << 1 | (i >> 1 & 1) : i; }
+
+// A word of 8-bit values' bits, in the order that expand_word takes: that of 16-bit values.
+DEVICE uint32_t reordered(uint32_t word) {
+  const uint32_t bytes = prmt(__brev(word), 0, 0x1230), last = bytes & 0xffu;  // elements 3, 7, ... in the lowest byte
+  return (bytes & 0xffffff00u) | last >> 1 | (last & 1u) << 7;
+}
 
 // Expands one word, 64 columns: a[4 s ...] are the A registers of its K step s of 16. `column` is the address of the
 // lane's word q for the nonzeros so far, and moves on.
 DEVICE void expand_word(uint32_t (&a)[16], uint32_t word, uint32_t& column) {
+  if constexpr (VALUES) word = reordered(word);
   const uint32_t first = word & 0x80808080u;
   uint32_t bits = word;  // shifted so that elements 4s-1, 4s, 4s+1, 4s+2 are the four bytes' top bits
 #pragma unroll
@@ -107,10 +144,28 @@ DEVICE void expand_word(uint32_t (&a)[16], uint32_t word, uint32_t& column) {
     const uint32_t next = s < 7 ? bits << 1 : word;  // element 31 stands where element -1 would
     const uint32_t tops = bits & 0x80808080u;
     column = dp4a(tops, s == 0 ? 0x00000100u : 0x00000101u, column);
-    a[2 * s] = load_shared(column) & prmt(bits, bits, 0xAA99);
+    a[pair_place(2 * s)] = load_shared(column) & prmt(bits, bits, 0xAA99);
     column = dp4a(tops, 0x01010000u, column);
-    a[2 * s + 1] = load_shared(column) & prmt(bits, next, 0xCCBB);
+    a[pair_place(2 * s + 1)] = load_shared(column) & prmt(bits, next, 0xCCBB);
     bits = next;
   }
   column = dp4a(first, 0x00000001u, column);
+}
+
+// The same for 8-bit values that are multiplied as they are: a[4 s ...] are the A registers of K step s of 32.
+//
+// Elements 4r to 4r+3 are bits r of the four bytes. Of the word at the running count of nonzeros, element j takes byte
+// number (nonzeros among the elements before it) if it is nonzero itself: that is a selector for prmt, whose four digits
+// are sums of the four bits with constant weights. Without the 4 of its own bit a digit selects a zero.
+DEVICE void expand_word(uint32_t (&a)[8], uint32_t word, uint32_t& column) {
+  constexpr uint32_t FIRST = 0x1114, SECOND = 0x1140, THIRD = 0x1400, FOURTH = 0x4000;
+#pragma unroll
+  for (int r = 0; r < 8; ++r) {
+    const int up = r % 3;  // that far the weights can be made smaller in place of shifting the bits
+    const uint32_t bits = word >> (r - up) & 0x01010101u << up;
+    const uint32_t low = dp2a_low((FIRST | SECOND << 16) >> up, bits, 0);
+    const uint32_t selector = dp2a_high((THIRD | FOURTH << 16) >> up, bits, low);
+    a[r] = prmt(0, load_shared(column), selector);
+    column = dp4a(bits, (COLUMN_STEP >> up) * 0x01010101u, column);
+  }
 }

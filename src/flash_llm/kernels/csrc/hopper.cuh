@@ -23,6 +23,15 @@ DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
       "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// The same for who has nothing else to do: asleep meanwhile, since asking again and again takes the others' turns.
+DEVICE void barrier_wait_asleep(uint32_t barrier, uint32_t parity) {
+  const uint32_t nanoseconds = 1000000;
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n"
+      "@!done bra again;\n}" ::"r"(barrier), "r"(parity), "r"(nanoseconds) : "memory");
+}
+
 // Registers of each thread of a warpgroup: some have more than they need, some need more than they began with.
 template <int COUNT>
 DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
@@ -36,10 +45,17 @@ DEVICE void copy_box(uint32_t target, const TensorMap* map, int column, int row,
       ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 
-// B in shared memory: rows of 128 bytes, 64 columns, 8 rows to a swizzled group of 1024 bytes.
+// Copies bytes that follow each other, a multiple of 16, to shared memory.
+DEVICE void copy_bytes(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(target), "l"(source), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// B in shared memory: rows of ROW bytes, 128 or 64, that are 64 columns, 8 rows to a swizzled group.
+template <int ROW>
 DEVICE uint64_t swizzled_descriptor(uint32_t address) {
-  const uint64_t stride = 1024 >> 4, swizzle_128 = 1;
-  return (uint64_t)((address & 0x3FFFF) >> 4) | (1ull << 16) | (stride << 32) | (swizzle_128 << 62);
+  const uint64_t stride = 8 * ROW >> 4, swizzle = 128 / ROW;
+  return (uint64_t)((address & 0x3FFFF) >> 4) | (1ull << 16) | (stride << 32) | (swizzle << 62);
 }
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -47,7 +63,8 @@ DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" :::
 template <int PENDING>
 DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
 
-#define SUM4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define SUM "+f"
+#define SUM4(j) SUM(d[j][0]), SUM(d[j][1]), SUM(d[j][2]), SUM(d[j][3])
 #define SUM16(j) SUM4(j), SUM4(j + 1), SUM4(j + 2), SUM4(j + 3)
 #define SUM64(j) SUM16(j), SUM16(j + 4), SUM16(j + 8), SUM16(j + 12)
 #define OUT10(a)                                                                                     \
@@ -56,11 +73,18 @@ DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n
 #define OUT60 OUT20(, 1) OUT20(2, 3) OUT20(4, 5)
 #define OUT100 OUT60 OUT20(6, 7) OUT20(8, 9)
 #define A_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
-#define WGMMA_TEXT(n, p)                       \
-  "{.reg .pred add; setp.ne.b32 add, " #p ", 0; " \
-  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." VALUE "." VALUE " "
+#define WGMMA_HEAD(p) "{.reg .pred add; setp.ne.b32 add, " #p ", 0; "
+#define WGMMA_TEXT(n, p) WGMMA_HEAD(p) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." VALUE "." VALUE " "
 
 // d [64 x 8 BLOCKS] = a [64 x 16] from registers times b [16 x 8 BLOCKS] from shared memory, plus what d was, if `add`.
+DEVICE void wgmma(float (&d)[1][4], const uint32_t* a, uint64_t b, int add) {
+  asm volatile(WGMMA_TEXT(8, %9) "{%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, add, 1, 1, 0;}"
+               : SUM4(0) : A_REGISTERS, "l"(b), "r"(add));
+}
+DEVICE void wgmma(float (&d)[2][4], const uint32_t* a, uint64_t b, int add) {
+  asm volatile(WGMMA_TEXT(16, %13) "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, add, 1, 1, 0;}"
+               : SUM4(0), SUM4(1) : A_REGISTERS, "l"(b), "r"(add));
+}
 DEVICE void wgmma(float (&d)[4][4], const uint32_t* a, uint64_t b, int add) {
   asm volatile(WGMMA_TEXT(32, %21) "{" OUT10() "%10, %11, %12, %13, %14, %15}, "
                "{%16, %17, %18, %19}, %20, add, 1, 1, 0;}"
@@ -86,6 +110,40 @@ DEVICE void wgmma(float (&d)[32][4], const uint32_t* a, uint64_t b, int add) {
                "{%128, %129, %130, %131}, %132, add, 1, 1, 0;}"
                : SUM64(0), SUM64(16) : A_REGISTERS, "l"(b), "r"(add));
 }
+
+// The same with 8 bits on both sides and K steps of 32: float8 e4m3 into float32, or int8 into int32.
+#undef SUM
+#if VALUES == 2
+typedef int Sum8;
+#define SUM "+r"
+#define WGMMA8_TEXT(n, p) WGMMA_HEAD(p) "wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.s8.s8 "
+#define WGMMA8_END "add;}"
+#else
+typedef float Sum8;
+#define SUM "+f"
+#define WGMMA8_TEXT(n, p) WGMMA_HEAD(p) "wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 "
+#define WGMMA8_END "add, 1, 1;}"
+#endif
+DEVICE void wgmma8(Sum8 (&d)[2][4], const uint32_t* a, uint64_t b, int add) {
+  asm volatile(WGMMA8_TEXT(16, %13) "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, " WGMMA8_END
+               : SUM4(0), SUM4(1) : A_REGISTERS, "l"(b), "r"(add));
+}
+DEVICE void wgmma8(Sum8 (&d)[4][4], const uint32_t* a, uint64_t b, int add) {
+  asm volatile(WGMMA8_TEXT(32, %21) "{" OUT10() "%10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, " WGMMA8_END
+               : SUM16(0) : A_REGISTERS, "l"(b), "r"(add));
+}
+DEVICE void wgmma8(Sum8 (&d)[8][4], const uint32_t* a, uint64_t b, int add) {
+  asm volatile(WGMMA8_TEXT(64, %37) "{" OUT20(, 1) OUT10(2) "%30, %31}, {%32, %33, %34, %35}, %36, " WGMMA8_END
+               : SUM16(0), SUM16(4) : A_REGISTERS, "l"(b), "r"(add));
+}
+DEVICE void wgmma8(Sum8 (&d)[16][4], const uint32_t* a, uint64_t b, int add) {
+  asm volatile(WGMMA8_TEXT(128, %69) "{" OUT60 "%60, %61, %62, %63}, {%64, %65, %66, %67}, %68, " WGMMA8_END
+               : SUM64(0) : A_REGISTERS, "l"(b), "r"(add));
+}
+#undef SUM
+#undef WGMMA8_TEXT
+#undef WGMMA8_END
+#undef WGMMA_HEAD
 #undef SUM4
 #undef SUM16
 #undef SUM64

@@ -20,6 +20,11 @@ DEVICE uint4 load_shared4(uint32_t address) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
   return v;
 }
+DEVICE float2 load_shared2(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+  return v;
+}
 DEVICE void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value));
 }
@@ -58,6 +63,17 @@ DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 DEVICE uint32_t dp4a(uint32_t a, uint32_t b, uint32_t sum) {
   uint32_t value;
   asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(value) : "r"(a), "r"(b), "r"(sum));
+  return value;
+}
+// a's two 16-bit numbers times b's lower two bytes, or its upper two.
+DEVICE uint32_t dp2a_low(uint32_t a, uint32_t b, uint32_t sum) {
+  uint32_t value;
+  asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(value) : "r"(a), "r"(b), "r"(sum));
+  return value;
+}
+DEVICE uint32_t dp2a_high(uint32_t a, uint32_t b, uint32_t sum) {
+  uint32_t value;
+  asm("dp2a.hi.u32.u32 %0, %1, %2, %3;" : "=r"(value) : "r"(a), "r"(b), "r"(sum));
   return value;
 }
 
@@ -100,9 +116,6 @@ DEVICE void load_matrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
 }
-
-// A barrier of the block's first `threads` threads.
-DEVICE void block_barrier(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 
 DEVICE uint32_t atomic_add_acq_rel(uint32_t* pointer, uint32_t value) {
   uint32_t before;

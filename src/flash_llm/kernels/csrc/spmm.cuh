@@ -19,9 +19,10 @@ struct SpmmParams {
   const uint16_t* x;
   const uint16_t* bias;  // or null
   const float* scales;   // of the rows; null with 16-bit values
+  const float* x_scales; // [tiles][rows of X, in whole jobs]; null where X has 16 bits
   uint16_t* y;
   float* partial;      // [2 * blocks][N_BLOCKS * 4][threads]: each block's share of the jobs it didn't do alone
-  uint32_t* arrivals;  // [jobs], zero before and after
+  uint32_t* arrivals;  // [jobs][warps], zero before and after
   long long x_stride;
   int rows, columns, n;
   int strips, words, tiles;  // words and tiles of a strip
@@ -151,21 +152,22 @@ DEVICE void write_partials(const SpmmParams& p, int job, int first, int last, in
   }
 }
 
-// Finishes a job that several blocks share: each leaves its sums, and the last to arrive adds them all up in the order
-// of their columns and writes the result. Nobody waits for anybody.
+// Finishes a warp's strip of a job that several blocks share: each leaves its sums, and the last to arrive adds them all up
+// in the order of their columns and writes the result. Nobody waits for anybody, not even for the block's other warps.
 DEVICE void reduce_and_write(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], int job, int warp, int lane) {
-  __shared__ uint32_t arrived;
   const int first = block_of_unit(p, job * p.tiles);
   const int last = block_of_unit(p, job * p.tiles + p.tiles - 1);
   float* mine = partial_slot(p, blockIdx.x, job);
 #pragma unroll
   for (int i = 0; i < ACCUMULATORS; ++i) __stcg(mine + i * THREADS, sum[i / 4][i % 4]);
-  block_barrier(THREADS);
-  // Release what the whole block wrote, acquire what the others did.
-  if (threadIdx.x == 0) arrived = atomic_add_acq_rel(p.arrivals + job, 1);
-  block_barrier(THREADS);
-  if (arrived != last - first) return;
-  if (threadIdx.x == 0) p.arrivals[job] = 0;  // ready for the next launch
+  // Release what the warp wrote, acquire what the others did.
+  uint32_t* arrivals = p.arrivals + job * WARPS + warp;
+  uint32_t arrived = 0;
+  __syncwarp();
+  if (lane == 0) arrived = atomic_add_acq_rel(arrivals, 1);
+  __syncwarp();
+  if (__shfl_sync(0xffffffffu, arrived, 0) != last - first) return;
+  if (lane == 0) *arrivals = 0;  // ready for the next launch
   write_partials(p, job, first, last, warp, lane);
 }
 

@@ -72,7 +72,7 @@ DEVICE void write_word(const UnpackParams& p, const uint32_t (&a)[16], uint32_t,
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(256) unpack(const __grid_constant__ UnpackParams p) {
+extern "C" __global__ void __launch_bounds__(256, 2) unpack(const __grid_constant__ UnpackParams p) {
   extern __shared__ __align__(128) uint8_t memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int warps = blockDim.x >> 5, step = gridDim.x * warps;
