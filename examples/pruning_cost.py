@@ -173,13 +173,14 @@ def extrapolation(result: dict[str, Any], names: list[str]) -> str:
     base = BUILT_IN[result["settings"]["model"]]
     width, lines = base["hidden_size"], []
     for method, found in result["methods"].items():
-        # The first block also waits for what is made ready once.
-        seconds, solving = found["block_seconds"][1:], found["solver_seconds"][1:]
-        solver = sum(solving) / len(solving)
-        walk = sum(seconds) / len(seconds) - solver
+        # The first block also waits for what is made ready once, and the last hands nothing on.
+        pairs = list(zip(found["block_seconds"], found["solver_seconds"], strict=True))[1:-1]
+        solver = sum(solving for _, solving in pairs) / len(pairs)
+        walk = sum(seconds for seconds, _ in pairs) / len(pairs) - solver
         lines.append(
             f"| {result['settings']['model']}, {method} | {walk:.1f} + {solver:.1f} = {walk + solver:.1f} s | "
-            f"{(walk + solver) * base['num_hidden_layers'] / 60:.0f} min | {found['peak_gpu_bytes'] / 1e9:.1f} GB |"
+            f"{(walk + solver) * base['num_hidden_layers'] / 60:.0f} min | "
+            f"{memory(base, method) / 1e9:.1f} GB; measured {found['peak_gpu_bytes'] / 1e9:.1f} GB |"
         )
         for name in names:
             other = BUILT_IN[name]
@@ -194,10 +195,11 @@ def extrapolation(result: dict[str, Any], names: list[str]) -> str:
 
 
 def memory(shape: dict[str, Any], method: str) -> float:
-    """Bytes on the GPU for the largest layer: see docs/pruning.md."""
+    """Bytes on the GPU at the largest layer, on one of 80 GB: see docs/pruning.md."""
     outputs, inputs = shape["hidden_size"], shape["ffn_dim"]
     copies = {"sparsegpt": 4, "alps": 10}[method]
-    return 4.0 * (4 * inputs**2 + copies * outputs * inputs)
+    block, hidden = 2.0 * 12 * outputs**2, 2.0 * 128 * 2048 * outputs
+    return 4.0 * (4 * inputs**2 + copies * outputs * inputs) + block + (hidden if hidden < 5e9 else 0)
 
 
 def _options() -> argparse.Namespace:

@@ -102,7 +102,7 @@ def draw(table: dict[str, Any], image: Path, retrained: dict[str, Any] | None) -
             point = (cell["sparsity"] * 100, cell["perplexity"])
             lines.setdefault((cell["method"], cell["allocation"]), []).append(point)
     colors: dict[str, str] = {}
-    for (method, allocation), points in sorted(lines.items(), reverse=True):
+    for (method, allocation), points in sorted(lines.items(), key=lambda line: _place(*line[0])):
         color = colors.setdefault(method, f"C{len(colors)}")
         style = {"uniform": "-", "owl": ":", "error": "--"}[allocation]
         axes.plot(
@@ -126,15 +126,18 @@ def markdown(table: dict[str, Any]) -> str:
     cells = {_key(cell): cell["perplexity"] for cell in table["cells"]}
     sparsities = sorted({cell["sparsity"] for cell in table["cells"] if cell["method"] != "dense"})
     rows = dict.fromkeys(key[::2] for key in cells if key[0] != "dense")
-    order = ["magnitude", "wanda", "sparsegpt", "alps"]
     lines = ["| | " + " | ".join(f"{s:.0%}" for s in sparsities) + " |", "|---" * (1 + len(sparsities)) + "|"]
-    for method, allocation in sorted(
-        rows, key=lambda row: (order.index(row[0]), ["uniform", "owl", "error"].index(row[1]))
-    ):
+    for method, allocation in sorted(rows, key=lambda row: _place(*row)):
         found = [cells.get((method, sparsity, allocation)) for sparsity in sparsities]
         words = ["-" if value is None else f"{value:.2f}" if value < 1000 else f"{value:.0f}" for value in found]
         lines.append(f"| {method}, {allocation} | " + " | ".join(words) + " |")
     return "\n".join(lines)
+
+
+def _place(method: str, allocation: str) -> tuple[int, int]:
+    """Of a line among the others."""
+    methods, allocations = ["magnitude", "wanda", "sparsegpt", "alps"], ["uniform", "owl", "error"]
+    return methods.index(method), allocations.index(allocation)
 
 
 def _key(cell: Cell) -> tuple[str, float, str]:

@@ -84,6 +84,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         folder, out, config, teacher=options.model if config.distill else None, device=options.device, progress=False
     )
     wall = time.perf_counter() - begin
+    curve = json.loads((out / "retraining.json").read_text(encoding="utf-8"))
     return {
         "name": out.name,
         "start": "dense" if start is None else f"alps, {start:.0%}",
@@ -95,7 +96,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "peak_bytes": report.peak_bytes,
         "zeros": report.zeros / report.weights if report.weights else 0.0,
         "perplexity": measured(out, options),
-        "curve": json.loads((out / "retraining.json").read_text(encoding="utf-8")),
+        "curve": {part: curve[part] for part in ("train", "validation")},
     }
 
 

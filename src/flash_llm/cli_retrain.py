@@ -70,6 +70,9 @@ def retrain(
         int, typer.Option(help="Train masked adapters of this rank and merge them, not all weights.")
     ] = 0,
     train_norms: Annotated[bool, typer.Option(help="With adapters, train norms and biases too.")] = True,
+    train_embeddings: Annotated[
+        bool, typer.Option(help="Train the embedding and the output head; rare tokens suffer from it at high rates.")
+    ] = True,
     dense: Annotated[bool, typer.Option("--dense", help="Train a model that is not pruned, for comparison.")] = False,
     lr: Annotated[
         float | None, typer.Option(help="Peak of the learning rate.", show_default="3e-4, adapters 1e-3")
@@ -133,6 +136,7 @@ def retrain(
         temperature=temperature,
         lora_rank=lora_rank,
         train_norms=train_norms,
+        train_embeddings=train_embeddings,
         dense=dense,
         sparsity=sparsity,
         schedule=schedule.value,

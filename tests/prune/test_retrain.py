@@ -87,6 +87,17 @@ def test_zeros_stay_and_the_loss_falls(how: dict[str, Any], pruned: Path, learna
     assert moved == (with_adapters if "lora_rank" in how else set(before))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "opt"])  # a head of its own, and a tied one
+def test_embeddings_stay_on_request(architecture: str, make_model: Make, learnable: Path, tmp_path: Path) -> None:
+    folder = make_pruned(make_model(architecture), tmp_path / "pruned", 0.5)
+    report = retrain(folder, tmp_path / "out", settings(learnable, train_embeddings=False), progress=False)
+    assert report.loss_after < report.loss_before
+    before, after = tensors(folder), tensors(tmp_path / "out")
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if "embed_tokens" in name or "lm_head" in name} <= still
+    assert not {layer["tensor"] for layer in layers(folder).values()} & still
+
+
 @pytest.mark.parametrize("architecture", ["opt", "gpt2", "gpt_neox"])
 def test_other_architectures(architecture: str, make_model: Make, learnable: Path, tmp_path: Path) -> None:
     """Tied heads, biases, dropout, and GPT-2's weights, which are stored the other way round."""

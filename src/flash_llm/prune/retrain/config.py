@@ -34,6 +34,8 @@ class RetrainConfig:
         temperature: of the distillation.
         lora_rank: train masked adapters of this rank and merge them (PERP, arXiv 2312.15230). 0: train all weights.
         train_norms: with adapters, train norms and biases too.
+        train_embeddings: train the embedding and the output head, which pruning left as they were. Adam moves the rows
+            of tokens that the text hardly has as far as any other's.
         dense: the model is meant to have no pruned layers: train it as it is, for comparison.
         sparsity: prune further to this share of zeros while training. Default: hold the zeros that are there.
         schedule: how. "gradual": in rounds, by the cubic of arXiv 1710.01878. "admm": an optimum of the loss under the
@@ -75,6 +77,7 @@ class RetrainConfig:
     temperature: float = 1.0
     lora_rank: int = 0
     train_norms: bool = True
+    train_embeddings: bool = True
     dense: bool = False
     sparsity: float | None = None
     schedule: Schedule = "gradual"

@@ -133,6 +133,10 @@ def retrain(
         masks = _masks(model, layers, source)
         if config.lora_rank:
             add_adapters(model, masks, config.lora_rank, config.train_norms, config.seed)
+        if not config.train_embeddings:
+            for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+                if module is not None:
+                    module.requires_grad_(False)
         if config.gradient_checkpointing:
             # The new name of the same, where transformers has it.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
