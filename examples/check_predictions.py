@@ -3,9 +3,10 @@
     python examples/check_predictions.py           # the tables of docs/hardware.md
     python examples/check_predictions.py --fit     # writes src/flash_llm/capacity/efficiency.json
 
-Measurements: docs/results/kernels-h100.json (`flash-llm bench kernels`), kernels-n-h100.json (the same over many
-numbers of rows of x), vllm-dense-h100.json (dense models in vLLM), e2e-opt-30b-h100.json (sparse ones, `flash-llm bench
-e2e`) and, if it is there, machine-h100.json (`flash-llm bench machine`).
+Measurements: docs/results/kernels-h100.json (`flash-llm bench kernels`), kernels-fp8-h100.json (the same with 8-bit
+values), kernels-n-h100.json (over many numbers of rows of x), vllm-dense-h100.json (dense models in vLLM),
+e2e-opt-30b-h100.json and e2e-opt-30b-fp8-h100.json (sparse ones, `flash-llm bench e2e`) and, if it is there,
+machine-h100.json (`flash-llm bench machine`).
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from flash_llm.capacity.gpus import GPUS, find_gpu, read_machine
 from flash_llm.capacity.models import ModelShape, load_model
 from flash_llm.capacity.plan import Workload, cache_room, speed, weights_bytes
 from flash_llm.capacity.roofline import Rates, Roofline, rates
-from flash_llm.capacity.sizes import Format, packed_nbytes
+from flash_llm.capacity.sizes import Format, packed_nbytes, sparse_format
 from flash_llm.files import write_json
+from flash_llm.tensor import ValueKind
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 ASSUMED_MATRIX_SHARE = 0.7
@@ -50,7 +52,7 @@ def read(name: str) -> dict[str, Any]:
 
 def fitted() -> Efficiency:
     """Efficiencies from all measurements."""
-    kernels, engine = read("kernels-h100.json"), read("vllm-dense-h100.json")
+    kernels, engine, of_8_bits = (read(f"{name}-h100.json") for name in ("kernels", "vllm-dense", "kernels-fp8"))
     bandwidth, gpu = kernels["read_bandwidth"], kernels["environment"]["gpu"]
     name, share = fit.reference_shares(bandwidth, gpu)
     machine = RESULTS / "machine-h100.json"
@@ -62,22 +64,25 @@ def fitted() -> Efficiency:
         matrix_share=round(matrix, 4),
         launch_us=measured.launch_us if measured else None,
         sparse=fit.fit_sparse(kernels["results"], bandwidth),
+        sparse_8_bit=fit.fit_sparse(of_8_bits["results"], of_8_bits["read_bandwidth"]),
         dense=fit.fit_dense(kernels["results"], bandwidth),
         engine=Engine(1.0, 1.0, 1.0, 1.0, 1.0),
-        basis=basis(measured is not None, max(row["n"] for row in kernels["results"])),
+        basis=basis(measured is not None, *(max(row["n"] for row in each["results"]) for each in (kernels, of_8_bits))),
     )
     return replace(
         known, engine=fit.fit_engine(engine["results"], models(engine), rates(GPUS[name], None, known), known)
     )
 
 
-def basis(machine: bool, most: int) -> dict[str, str]:
-    """What stands behind each figure; ``most``: rows of x that the kernel was measured with."""
+def basis(machine: bool, most: int, most_8_bit: int) -> dict[str, str]:
+    """What stands behind each figure; ``most``: rows of x that the kernel was measured with, and with 8-bit values."""
     return {
         "read_share": "measured on one H100 SXM; assumed for all other GPUs",
         "matrix_share": "measured on one H100 SXM; assumed for all other GPUs" if machine else "assumed",
         "sparse": f"fitted to the sparse kernel on one H100 SXM, up to {most} rows of x; elsewhere predicted from "
         "bandwidth, multiprocessors and clock; more rows, and unpacking: predicted",
+        "sparse_8_bit": f"fitted to the sparse kernel with float8 values on one H100 SXM, up to {most_8_bit} rows of x; "
+        "for other GPUs than Hopper as 16-bit values",
         "dense": f"fitted to cuBLAS on one H100 SXM, up to {fit.DENSE_READS} rows of x; elsewhere predicted",
         "engine.layer_us, kv_read": "fitted to vLLM on one H100 SXM; elsewhere predicted",
         "engine.fp8_read, int4_read": "fitted to vLLM on one H100 SXM, where it only reads; elsewhere predicted",
@@ -106,6 +111,9 @@ def tables() -> str:
         "### The sparse kernel",
         *kernel_table(kernels, rates(gpu)),
         "",
+        "### The sparse kernel with 8-bit values",
+        *kernel_table(read("kernels-fp8-h100.json"), rates(gpu)),
+        "",
         "### More rows of x",
         *many_rows_table(read("kernels-n-h100.json"), rates(gpu), kernels["results"][-1]["n"]),
         "",
@@ -113,7 +121,7 @@ def tables() -> str:
         *engine_table(engine, rates(gpu)),
         "",
         "### Sparse models in vLLM",
-        *sparse_engine_table(read("e2e-opt-30b-h100.json"), rates(gpu)),
+        *sparse_engine_table([read("e2e-opt-30b-h100.json"), read("e2e-opt-30b-fp8-h100.json")], rates(gpu)),
         "",
         "### Memory in vLLM",
         *memory_table(engine, rates(gpu)),
@@ -125,17 +133,19 @@ def kernel_table(report: dict[str, Any], on: Rates) -> list[str]:
     """Mean and worst error of time and bytes for each number of rows of x and share of zeros."""
     nothing = ModelShape("", 0, (), (0, 0), 0, (), 1, 0, None)
     line = Roofline(nothing, on, 1, efficiency())
+    values = ValueKind(report["results"][0]["values"])
+    kind = "" if values is ValueKind.BITS16 else f", {values.value} values"
     lines = [
         "",
-        "| N | zeros | shapes | time: mean error | worst | worst is | packed bytes: worst error |",
+        f"| N{kind} | zeros | shapes | time: mean error | worst | worst is | packed bytes: worst error |",
         "|---|---|---|---|---|---|---|",
     ]
     cases = sorted({(row["n"], row["sparsity"]) for row in report["results"]})
     for n, sparsity in cases:
         rows = [row for row in report["results"] if (row["n"], row["sparsity"]) == (n, sparsity)]
-        form = Format("sparse", sparsity)
+        form = Format("sparse", sparsity, values)
         times = [line.matrix_us(form, row["rows"], row["columns"], n) / row["us"] - 1 for row in rows]
-        sizes = [packed_nbytes(row["rows"], row["columns"], sparsity) / real_bytes(row) - 1 for row in rows]
+        sizes = [packed_nbytes(row["rows"], row["columns"], sparsity, values) / real_bytes(row) - 1 for row in rows]
         worst = max(range(len(rows)), key=lambda i: abs(times[i]))
         where = f"{rows[worst]['rows']}x{rows[worst]['columns']}"
         mean = statistics.mean(map(abs, times))
@@ -198,25 +208,28 @@ def engine_table(report: dict[str, Any], on: Rates) -> list[str]:
     return lines
 
 
-def sparse_engine_table(report: dict[str, Any], on: Rates) -> list[str]:
+def sparse_engine_table(reports: list[dict[str, Any]], on: Rates) -> list[str]:
     """Decode steps of sparse models: by the kernel's fit and what vLLM adds to dense models, nothing fitted to them."""
-    name = report["settings"]["model"]
     lines = [
         "",
-        "| model | zeros | GPUs | batch | step, measured | predicted | error |",
+        "| model | weights | GPUs | batch | step, measured | predicted | error |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in report["results"]:
-        if row["sparsity"] is not None:
-            line = Roofline(shape(name), on, row["gpus"], efficiency())
-            context = row["input_len"] + row["output_len"] / 2
-            step = line.step_us(Format("sparse", row["sparsity"]), row["batch"], context) * 1e-3
-            real = row["time_per_output_token_ms"]
-            lines.append(
-                f"| {name} | {row['sparsity']:.0%} | {row['gpus']} | {row['batch']} | {real:.1f} ms | {step:.1f} ms | "
-                f"{step / real - 1:+.1%} |"
-            )
+    rows = [(report["settings"]["model"], row) for report in reports for row in report["results"]]
+    for name, row in sorted((each for each in rows if each[1]["sparsity"] is not None), key=_by_weights):
+        line, form = Roofline(shape(name), on, row["gpus"], efficiency()), sparse_format(row["weights"])
+        step = line.step_us(form, row["batch"], row["input_len"] + row["output_len"] / 2) * 1e-3
+        real = row["time_per_output_token_ms"]
+        lines.append(
+            f"| {name} | {form.name} | {row['gpus']} | {row['batch']} | {real:.1f} ms | {step:.1f} ms | "
+            f"{step / real - 1:+.1%} |"
+        )
     return lines
+
+
+def _by_weights(each: tuple[str, Row]) -> tuple[str, str, int]:
+    name, row = each
+    return name, row["weights"], row["batch"]
 
 
 def step_ms(row: Row, shapes: dict[str, ModelShape], on: Rates, known: Efficiency) -> float:

@@ -165,7 +165,10 @@ def test_nothing_measured_is_a_report_too(report: dict[str, Any], tmp_path: Path
 def test_published_means_follow_from_their_results(path: Path) -> None:
     published = reports.read(path)
     for mean, again in zip(published["means"], reports.means(published["results"]), strict=True):
+        peers, again_peers = mean.pop("peers", {}), again.pop("peers", {})
         assert again == pytest.approx(mean)
+        assert peers.keys() == again_peers.keys()
+        assert all(again_peers[name] == pytest.approx(peers[name]) for name in peers)
 
 
 def test_published_tables_are_printed_and_not_typed() -> None:

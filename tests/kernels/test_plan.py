@@ -69,7 +69,7 @@ def test_a_plan_fits_the_device_and_covers_the_matrix(
     assert chosen.partial_floats == 2 * chosen.blocks * n_blocks * 4 * warps * LANES
     assert (chosen.source == "spmm_sm90.cu") == (device.capability == (9, 0))
     large = strips * words >= plan._X8_WORDS * device.multiprocessors
-    assert chosen.splits_x == (device.capability == (9, 0) and kind is not ValueKind.BITS16 and n <= 64 and large)
+    assert chosen.splits_x == (device.capability == (9, 0) and kind is not ValueKind.BITS16 and n <= 32 and large)
 
 
 @pytest.mark.parametrize("values", [ValueKind.E4M3, ValueKind.INT8])

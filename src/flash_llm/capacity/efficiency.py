@@ -65,6 +65,8 @@ class Efficiency:
         read_share: measured read bandwidth over the published.
         matrix_share: attained matrix rate over the published.
         launch_us: of a tiny kernel in a graph, by ``flash-llm bench machine``; None: not measured.
+        sparse_8_bit: the sparse kernel with 8-bit values, which Hopper multiplies as they are; elsewhere they are
+            widened, and ``sparse`` stands for their decoding.
         basis: for every figure, in words, whether it is measured or assumed.
     """
 
@@ -73,6 +75,7 @@ class Efficiency:
     matrix_share: float
     launch_us: float | None
     sparse: SparseKernel
+    sparse_8_bit: SparseKernel
     dense: DenseKernel
     engine: Engine
     basis: dict[str, str]
@@ -80,7 +83,10 @@ class Efficiency:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         plain = dict(vars(self))
-        return plain | {name: dict(vars(plain[name])) for name in ("sparse", "dense", "engine")}
+        return plain | {name: dict(vars(plain[name])) for name in _PARTS}
+
+
+_PARTS = {"sparse": SparseKernel, "sparse_8_bit": SparseKernel, "dense": DenseKernel, "engine": Engine}
 
 
 @functools.cache
@@ -91,10 +97,8 @@ def efficiency() -> Efficiency:
 
 def from_dict(value: dict[str, Any]) -> Efficiency:
     """The inverse of :meth:`Efficiency.to_dict`."""
-    sparse: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value["sparse"].items()}
     parts = {
-        "sparse": SparseKernel(**sparse),
-        "dense": DenseKernel(**value["dense"]),
-        "engine": Engine(**value["engine"]),
+        name: part(**{k: tuple(v) if isinstance(v, list) else v for k, v in value[name].items()})
+        for name, part in _PARTS.items()
     }
     return Efficiency(**{**value, **parts})

@@ -6,10 +6,11 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from flash_llm.capacity.efficiency import Efficiency, efficiency
+from flash_llm.capacity.efficiency import Efficiency, SparseKernel, efficiency
 from flash_llm.capacity.gpus import GPUS, Gpu, Machine
 from flash_llm.capacity.models import Linear, ModelShape
 from flash_llm.capacity.sizes import Format
+from flash_llm.tensor import ValueKind
 
 ALL_REDUCES = 2
 """Sums over GPUs in a block: after attention and after the MLP."""
@@ -35,7 +36,7 @@ class Rates:
         link: bytes a second between GPUs, in one direction.
         all_reduce: how many times the reference's latency a sum over GPUs takes.
         measured: whether memory, read and matrix are measured on this very GPU.
-        wide: whether the sparse kernel takes more than 64 rows of x at a time.
+        wide: whether the sparse kernel is Hopper's, which takes more than 64 rows of x at a time.
     """
 
     name: str
@@ -160,7 +161,7 @@ class Roofline:
         Of many rows of x the kernel takes as many at a time as were measured; Hopper's takes more, and multiplies while
         it decodes.
         """
-        most = self.known.sparse.n[-1]
+        most = self._kernel(form).n[-1]
         if n <= most:
             return self._spmm_us(form, rows, columns, n)
         dense, decoding = Format("dense"), self._spmm_us(form, rows, columns, most)
@@ -174,8 +175,12 @@ class Roofline:
         )
         return min(kernel, unpacking * 1e6 + self.matrix_us(dense, rows, columns, n))
 
+    def _kernel(self, form: Format) -> SparseKernel:
+        as_they_are = self.rates.wide and form.values is not ValueKind.BITS16
+        return self.known.sparse_8_bit if as_they_are else self.known.sparse
+
     def _spmm_us(self, form: Format, rows: int, columns: int, n: int) -> float:
-        fit = self.known.sparse
+        fit = self._kernel(form)
         i = bisect_left(fit.n, n)
         nbytes = form.nbytes(rows, columns) + _BYTES * n * (rows + columns)
         reading = nbytes / (self.rates.read * fit.read) * 1e6

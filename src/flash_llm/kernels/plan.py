@@ -25,7 +25,7 @@ _WIDE_WARPS = 8  # a block's multiplying warps from 65 rows of x on: two warpgro
 _WIDE_PRODUCTS, _WIDE_DECODE = 32, 290  # cycles of a word for a block: for each block of 8 rows of x, and besides
 _ADDING_UP = 1  # words' time for each block of 8 rows of x: what adding up a shared job costs
 _LEAST_STAGES, _MOST_STAGES = 3, 6
-_X8_ROWS = 64  # of x, up to which 8-bit values are multiplied as they are, with x split in two
+_X8_ROWS = 32  # of x, up to which 8-bit values are multiplied as they are, with x split in two
 _X8_WORDS = 200  # of the weight a multiprocessor, from which on that repays a kernel of its own for splitting x
 _X8_MIDDLE = 450  # words a multiprocessor, up to which small blocks are quicker even if there is room for 8 warps only
 _SPLIT_WARPS = 4  # of a block
@@ -88,7 +88,7 @@ def spmm_plan(
             far as shared memory allows.
         warps: a block's multiplying warps.
         resident: blocks that are to share a multiprocessor, 1 to 3.
-        values: how the weight's nonzeros are stored. Those of 8 bits are multiplied as they are on Hopper, up to 64
+        values: how the weight's nonzeros are stored. Those of 8 bits are multiplied as they are on Hopper, up to 32
             rows of x and in weights that are not small, and widened to 16 bits elsewhere.
 
     Raises:
