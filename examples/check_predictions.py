@@ -81,8 +81,8 @@ def basis(machine: bool, most: int, most_8_bit: int) -> dict[str, str]:
         "matrix_share": "measured on one H100 SXM; assumed for all other GPUs" if machine else "assumed",
         "sparse": f"fitted to the sparse kernel on one H100 SXM, up to {most} rows of x; elsewhere predicted from "
         "bandwidth, multiprocessors and clock; more rows, and unpacking: predicted",
-        "sparse_8_bit": f"fitted to the sparse kernel with float8 values on one H100 SXM, up to {most_8_bit} rows of x; "
-        "for other GPUs than Hopper as 16-bit values",
+        "sparse_8_bit": f"fitted to the sparse kernel with float8 values on one H100 SXM, up to {most_8_bit} rows of "
+        "x; for other GPUs than Hopper as 16-bit values",
         "dense": f"fitted to cuBLAS on one H100 SXM, up to {fit.DENSE_READS} rows of x; elsewhere predicted",
         "engine.layer_us, kv_read": "fitted to vLLM on one H100 SXM; elsewhere predicted",
         "engine.fp8_read, int4_read": "fitted to vLLM on one H100 SXM, where it only reads; elsewhere predicted",
