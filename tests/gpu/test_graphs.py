@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,14 +13,21 @@ from torch.nn import functional as F
 
 import flash_llm
 from flash_llm import PackedWeight, SparseLinear, compress, ops
-from flash_llm.kernels import cuda
-from gpu_cases import compile_side_by_side
+from flash_llm.kernels import choice, cuda
+from gpu_cases import compile_side_by_side, using
 from sparse_matrices import sparse
 
 pytestmark = pytest.mark.gpu
 
 SHAPES = [(1536, 576), (2048, 4096), (100, 1000), (4096, 11008)]
 NS = (1, 5, 16, 40, 64, 130)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def splits() -> Iterator[None]:
+    """8-bit values are multiplied as they are, though these weights are small: that takes two kernels."""
+    with using(choice.AUTO, split=True):
+        yield
 
 
 @pytest.fixture(scope="module")

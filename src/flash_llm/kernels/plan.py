@@ -121,7 +121,7 @@ def spmm_plan(
     strips, words, tiles = grid(rows, columns, tile_words)
     if warps is None:
         fitting = (device.shared_memory - _STATIC_BYTES - ring) // column_bytes
-        warps = max(4, min(_best_warps(hopper, n_blocks, tile_words, x8), fitting // 4 * 4))
+        warps = max(4, min(_best_warps(hopper, n_blocks, tile_words), fitting // 4 * 4))
     row_blocks = ceil_div(strips, warps)
     jobs = row_blocks * ceil_div(n, 8 * n_blocks)
     units = jobs * tiles
@@ -285,10 +285,8 @@ def _room(device: Device) -> int:
     return device.shared_memory - _STATIC_BYTES - _RING_EXTRA
 
 
-def _best_warps(hopper: bool, n_blocks: int, tile_words: int, x8: bool) -> int:
+def _best_warps(hopper: bool, n_blocks: int, tile_words: int) -> int:
     """Warps of a block that were found quickest on an H100, and that leave each the registers it needs."""
-    if x8:
-        return 8 if n_blocks == 8 else 12
     if n_blocks == 8 and tile_words > (8 if hopper else 6):
         return 8
     return 12 if hopper or tile_words > 8 or n_blocks > 2 else 16

@@ -77,14 +77,6 @@ DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n
 #define WGMMA_TEXT(n, p) WGMMA_HEAD(p) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." VALUE "." VALUE " "
 
 // d [64 x 8 BLOCKS] = a [64 x 16] from registers times b [16 x 8 BLOCKS] from shared memory, plus what d was, if `add`.
-DEVICE void wgmma(float (&d)[1][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(8, %9) "{%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, add, 1, 1, 0;}"
-               : SUM4(0) : A_REGISTERS, "l"(b), "r"(add));
-}
-DEVICE void wgmma(float (&d)[2][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(16, %13) "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, add, 1, 1, 0;}"
-               : SUM4(0), SUM4(1) : A_REGISTERS, "l"(b), "r"(add));
-}
 DEVICE void wgmma(float (&d)[4][4], const uint32_t* a, uint64_t b, int add) {
   asm volatile(WGMMA_TEXT(32, %21) "{" OUT10() "%10, %11, %12, %13, %14, %15}, "
                "{%16, %17, %18, %19}, %20, add, 1, 1, 0;}"
@@ -135,10 +127,6 @@ DEVICE void wgmma8(Sum8 (&d)[4][4], const uint32_t* a, uint64_t b, int add) {
 DEVICE void wgmma8(Sum8 (&d)[8][4], const uint32_t* a, uint64_t b, int add) {
   asm volatile(WGMMA8_TEXT(64, %37) "{" OUT20(, 1) OUT10(2) "%30, %31}, {%32, %33, %34, %35}, %36, " WGMMA8_END
                : SUM16(0), SUM16(4) : A_REGISTERS, "l"(b), "r"(add));
-}
-DEVICE void wgmma8(Sum8 (&d)[16][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA8_TEXT(128, %69) "{" OUT60 "%60, %61, %62, %63}, {%64, %65, %66, %67}, %68, " WGMMA8_END
-               : SUM64(0) : A_REGISTERS, "l"(b), "r"(add));
 }
 #undef SUM
 #undef WGMMA8_TEXT

@@ -2,8 +2,9 @@
 //
 // Also compiled with STAGES, the pieces of X that are in flight or in use, REGISTERS of a multiplying thread,
 // FETCH_REGISTERS of a fetching one, RESIDENT blocks that are to share a multiprocessor, WGMMA, 0 or 1, X8: whether X and W
-// are multiplied in 8 bits, and GROUP: how many words are multiplied together, 1 or 2. A warp of its own fetches the pieces; the others wait only for the piece they need and
-// tell when they are done with it, so that they may drift apart.
+// are multiplied in 8 bits, and GROUP: how many words are multiplied together, 1 or 2 (of an even number of groups a tile).
+// A warp of its own fetches the pieces; the others wait only for the piece they need and tell when they are done with it,
+// so that they may drift apart.
 //
 // With X8 a row of X is two rows of 8-bit numbers, whose sum is close to 16 bits: split_x.cu makes them. So all of W's
 // values go to the tensor cores as they are stored, X loses next to nothing, and N is twice what it would be, which the
@@ -17,11 +18,11 @@ struct Params {
 };
 
 constexpr int X_WORD = N_TILE * WORD_COLUMNS * 2;  // bytes of X for one word: of 16 bits, or two times 8
-constexpr int A_WORD = X8 ? 8 : 16;                 // A registers of a word
 constexpr int X_STAGE = CHUNK_WORDS * X_WORD;
 constexpr int X_SCALES = X8 ? N_TILE * 4 : 0;       // bytes of X's scales for one tile
-constexpr int RING_ALIGN = 1024;    // of a swizzled box
-constexpr int FETCH_THREADS = 128;  // a warpgroup, since registers are dealt out by warpgroups
+constexpr int A_WORD = X8 ? 8 : 16;                 // A registers of a word
+constexpr int RING_ALIGN = 1024;                    // of a swizzled box
+constexpr int FETCH_THREADS = 128;                  // a warpgroup, since registers are dealt out by warpgroups
 
 // The ring of pieces of X, as one warp sees it. Each place has two barriers: the piece is there; all are done with it.
 struct Ring {
@@ -59,7 +60,8 @@ DEVICE void fetch_x(const Params& p, Ring ring, int job, int tile, int units) {
       const bool scales = X8 && part == CHUNKS - 1;
       barrier_expect(full, words * X_WORD + (scales ? X_SCALES : 0));
       if (scales) copy_bytes(ring.scales(), x_scales(p.spmm, tile, n), X_SCALES, full);
-      for (int i = 0; i < words; ++i) copy_box(ring.piece() + i * X_WORD, &p.x, first + i * WORD_COLUMNS, n * (1 + X8), full);
+      for (int i = 0; i < words; ++i)
+        copy_box(ring.piece() + i * X_WORD, &p.x, first + i * WORD_COLUMNS, n * (1 + X8), full);
       ring.advance();
     }
     if (++tile == p.spmm.tiles) {
@@ -214,8 +216,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
   Multiplier multiplier;
   // A piece of X may be overwritten once ldmatrix has delivered it, not once it was issued, and nothing but the use of
   // what it delivers tells that. So the release is made to depend on the last product, through a zero that the compiler
-  // can't know to be one. (wgmma has wgmma_wait for this.)
-  const uint32_t never = WGMMA || X8 ? 0 : (uint32_t)p.n >> 31;
+  // can't know to be one. (wgmma has wgmma_wait for this. But X's scales, with X8, are loaded like anything else.)
+  const uint32_t never = WGMMA ? 0 : (uint32_t)p.n >> 31;
   uint32_t products_done = 0;
 
   for (int unit = begin; unit < end; ++job) {
@@ -242,7 +244,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
             words[w] = later[w];
             later[w] = ahead.word(p, w);
             // Only now are all products of the piece before this one done.
-            if (i == 0 && lane == 0 && (c > 0 || unit > begin)) ring.release_before(products_done);
+            if (i == 0 && lane == 0 && (c > 0 || unit > begin))
+              ring.release_before(X8 ? __float_as_uint(sum[N_BLOCKS - 1][3]) & never : products_done);
             if (w == LOAD_AFTER) {
               packets.load(p.packets + next_offset, next_packet_rows(words, later), lane);  // of the next tile
               next_offset = __ldg(ahead.offset);
