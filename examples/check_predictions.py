@@ -218,7 +218,7 @@ def sparse_engine_table(reports: list[dict[str, Any]], on: Rates) -> list[str]:
     rows = [(report["settings"]["model"], row) for report in reports for row in report["results"]]
     for name, row in sorted((each for each in rows if each[1]["sparsity"] is not None), key=_by_weights):
         line, form = Roofline(shape(name), on, row["gpus"], efficiency()), sparse_format(row["weights"])
-        step = line.step_us(form, row["batch"], row["input_len"] + row["output_len"] / 2) * 1e-3
+        step = line.step_us(form, row["batch"], fit.mean_context(row)) * 1e-3
         real = row["time_per_output_token_ms"]
         lines.append(
             f"| {name} | {form.name} | {row['gpus']} | {row['batch']} | {real:.1f} ms | {step:.1f} ms | "

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from flash_llm.compare import load_folder
 from flash_llm.environment import environment
 from flash_llm.evaluate import load_text, perplexity
 from flash_llm.files import write_json
@@ -202,9 +202,8 @@ def _measure_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _perplexity(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    dtype = options.dtype or ("float32" if options.device == "cpu" else "auto")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(options.device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    dtype = options.dtype or ("float32" if options.device == "cpu" else None)
+    model, tokenizer = load_folder(folder, options.device, dtype and getattr(torch, dtype))
     result = perplexity(
         model, load_text(options.text), tokenizer, window=options.window, max_windows=options.max_windows
     )

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from flash_llm.compare import load_folder
 from flash_llm.environment import environment
 from flash_llm.evaluate import load_text, perplexity
 from flash_llm.files import write_json
@@ -118,9 +118,8 @@ def one_shot(sparsity: float, options: argparse.Namespace) -> Path:
 
 
 def measured(folder: Path, options: argparse.Namespace) -> float:
-    dtype = torch.float32 if options.device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(options.device)
-    text, tokenizer = load_text(options.test), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_folder(folder, options.device, torch.float32 if options.device == "cpu" else None)
+    text = load_text(options.test)
     return perplexity(model, text, tokenizer, window=2048, max_windows=options.max_windows, progress=False).perplexity
 
 

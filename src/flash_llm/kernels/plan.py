@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from flash_llm.tensor.layout import LANES, STRIP_ROWS, WORD_COLUMNS, ValueKind, ceil_div, grid
@@ -58,7 +59,7 @@ class SpmmPlan:
     column_bytes: int
     partial_floats: int
 
-    @property
+    @functools.cached_property
     def splits_x(self) -> bool:
         """Whether x goes to the tensor cores as two parts of 8 bits."""
         return bool(dict(self.defines).get("X8"))
@@ -230,7 +231,7 @@ class SplitPlan:
 def split_plan(n: int, tiles: int, tile_words: int, bf16: bool, values: ValueKind) -> SplitPlan:
     """The configuration for x of n rows, and a weight with 8-bit values of that kind and ``tiles`` tiles in a row."""
     return SplitPlan(
-        defines=(("BF16", int(bf16)), ("TILE_WORDS", tile_words), ("VALUES", values.code)),
+        defines=(("BF16", int(bf16)), ("TILE_WORDS", tile_words), ("VALUES", values.code), ("WARPS", _SPLIT_WARPS)),
         blocks=ceil_div(n * tiles, _SPLIT_WARPS),
         threads=_SPLIT_WARPS * LANES,
     )

@@ -1,11 +1,11 @@
-// X of 16 bits as two matrices of 8 bits: x is close to (HIGH high + LOW low) / scale. There is a scale for each row and tile
-// of W's columns, a power of two. int8: high and low byte of a number of 15 bits. float8 e4m3: x and 16 times what is left of
-// it, 8 bits of mantissa between them. Compiled with BF16, of X; VALUES, of the result: 1 for float8 e4m3, 2 for int8; and
-// TILE_WORDS. A warp takes a row of a tile.
+// X of 16 bits as two matrices of 8 bits: x is close to (HIGH_COUNTS high + LOW_COUNTS low) / scale. There is a scale for
+// each row and tile of W's columns, a power of two. int8: high and low byte of a number of 15 bits. float8 e4m3: x and 16
+// times what is left of it, 8 bits of mantissa between them. Compiled with BF16, of X; VALUES, of the result: 1 for float8
+// e4m3, 2 for int8; TILE_WORDS; and WARPS of a block, each of which takes a row of a tile.
 //
 // A row of X makes two rows of the result, which are next to each other so that their sums are a thread's own: of 8 rows
 // the even ones come first. Columns go by 16 in the order in which a lane's 8-bit elements follow each other.
-#include "ptx.cuh"
+#include "values.cuh"
 
 struct SplitParams {
   const uint16_t* x;
@@ -16,8 +16,7 @@ struct SplitParams {
   int pitch, tiles, scale_pitch;
 };
 
-constexpr int WARPS = 4;       // of a block
-constexpr int COLUMNS = 16;    // of a lane at a time
+constexpr int COLUMNS = 16;  // of a lane at a time
 constexpr int TILE_COLUMNS = TILE_WORDS * 64;
 constexpr int STEPS = (TILE_COLUMNS + 32 * COLUMNS - 1) / (32 * COLUMNS);
 constexpr uint32_t INFINITE = BF16 ? 0x7f80 : 0x7c00;
@@ -35,7 +34,7 @@ DEVICE void split_pair(uint32_t& high, uint32_t& low, uint32_t pair, float scale
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(back) : "h"(h));
   asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
       : "=f"(a_high), "=f"(b_high) : "r"(back));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(l) : "f"((b - b_high) * 16), "f"((a - a_high) * 16));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(l) : "f"((b - b_high) / LOW_COUNTS), "f"((a - a_high) / LOW_COUNTS));
   high = h;
   low = l;
 #else

@@ -77,14 +77,14 @@ DEVICE void fetch_x(const Params& p, Ring ring, int job, int tile, int units) {
 // and the tensor cores add up float8 products with some 14 bits only. That is done when the next tile's first words are
 // ready to be multiplied: by then nobody has to wait for the tile's last products.
 struct Multiplier {
-  static constexpr float HIGH = VALUES == 1 ? 1.f : 256.f, LOW = VALUES == 1 ? 1.f / 16 : 1.f;
   uint64_t x;
   uint32_t scales;
   Sum8 raw[2 * N_BLOCKS][4];
 
   DEVICE void begin_job(float (&sum)[N_BLOCKS][4]) const { clear(sum); }
   DEVICE void begin_piece(const Ring& ring) { x = swizzled_descriptor<64>(ring.piece()); }
-  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[GROUP][8], int i, bool first_of_tile, bool first_of_job) {
+  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[GROUP][8], int i, bool first_of_tile,
+                       bool first_of_job) {
     if (first_of_tile && !first_of_job) fold(sum);
     wgmma_fence();
 #pragma unroll
@@ -106,7 +106,7 @@ struct Multiplier {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const Sum8* both = raw[2 * j + i % 2] + i / 2 * 2;
-        sum[j][i] += (both[0] * HIGH + both[1] * LOW) * (i % 2 == 0 ? scale.x : scale.y);
+        sum[j][i] += (both[0] * HIGH_COUNTS + both[1] * LOW_COUNTS) * (i % 2 == 0 ? scale.x : scale.y);
       }
     }
   }

@@ -11,6 +11,9 @@ constexpr int PACKET_PAIRS = PACKET_VALUES / 2;
 // bias of 15 instead of 7.
 constexpr float VALUE_FACTOR = VALUES == 1 && !BF16 && !FLOAT8_CONVERTS ? 256.f : 1.f;
 
+// What the two parts of X count where it is split into 8-bit numbers (split_x.cu), as 8-bit weights are multiplied.
+constexpr float HIGH_COUNTS = VALUES == 1 ? 1.f : 256.f, LOW_COUNTS = VALUES == 1 ? 1.f / 16 : 1.f;
+
 // Bytes l0 h0 l1 h1, and l2 h2 l3 h3, of the words l and h.
 DEVICE void interleave(uint32_t (&pairs)[2], uint32_t l, uint32_t h) {
   pairs[0] = prmt(l, h, 0x5140);
