@@ -7,7 +7,7 @@
 A case that the JSON has already is not run again, and one that was cut off goes on. Cases run one after the other, so
 that their seconds are those of a GPU of their own; the first also compiles, and its seconds hold that.
 
-One-shot models, from which most cases start, are made by ALPS (128 x 2048 tokens of the text) in WORK; a folder of
+One-shot models, from which most cases start, are made by ALPS (128 x 2048 tokens of --calibration) in WORK; a folder of
 ``pruning_table.py --keep`` has them under the same names.
 """
 
@@ -38,6 +38,8 @@ CASES: dict[str, tuple[float | None, dict[str, Any]]] = {
     "hold-80": (0.8, {}),
     "gradual-70": (0.5, {"sparsity": 0.7}),
     "gradual-80": (0.5, {"sparsity": 0.8}),
+    "taylor-50": (None, {"sparsity": 0.5, "score": "taylor"}),
+    "taylor-70": (0.5, {"sparsity": 0.7, "score": "taylor"}),
     "taylor-80": (0.5, {"sparsity": 0.8, "score": "taylor"}),
     "global-80": (0.5, {"sparsity": 0.8, "score": "taylor", "scope": "global"}),
     "admm-80": (None, {"sparsity": 0.8, "schedule": "admm", "score": "taylor"}),
@@ -104,7 +106,7 @@ def one_shot(sparsity: float, options: argparse.Namespace) -> Path:
     """The folder of ALPS' model, made if it isn't there."""
     folder: Path = (options.one_shot or options.work) / f"alps-{sparsity:g}-uniform"
     if not folder.exists():
-        calibration = CalibrationConfig(options.text, 128, 2048)
+        calibration = CalibrationConfig(options.calibration or options.text, 128, 2048)
         prune_folder(
             options.model,
             folder,
@@ -157,7 +159,8 @@ def markdown(result: dict[str, Any]) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("--text", help="to train on, and for ALPS to look at")
+    parser.add_argument("--text", help="to train on")
+    parser.add_argument("--calibration", help="text for ALPS to look at, if another")
     parser.add_argument("--test", type=Path, help="text that perplexity is measured on")
     parser.add_argument("--work", type=Path, help="folder for the models")
     parser.add_argument("--one-shot", type=Path, help="folder that has ALPS' models, if not WORK")
