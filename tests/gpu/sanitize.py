@@ -3,8 +3,9 @@
     python tests/gpu/sanitize.py --compile    # compiles all that is needed, side by side
     compute-sanitizer --tool memcheck --report-api-errors no python tests/gpu/sanitize.py
 
-(and ``--tool racecheck``, ``synccheck``). Ends with 1 if a result is wrong. API errors are not reported, since the
-driver's Python bindings ask it for functions that it may not have.
+(and ``--tool racecheck``, ``synccheck``). ``--part 2/4`` takes the second quarter of the cases, so that several
+processes can share them. Ends with 1 if a result is wrong. API errors are not reported, since the driver's Python
+bindings ask it for functions that it may not have.
 """
 
 from __future__ import annotations
@@ -66,6 +67,14 @@ def wrong(dense: torch.Tensor, weight: PackedWeight) -> int:
     return bad
 
 
+def part(arguments: list[str]) -> list[tuple]:
+    """The cases that this process takes."""
+    if "--part" not in arguments:
+        return CASES
+    this, of = map(int, arguments[arguments.index("--part") + 1].split("/"))
+    return CASES[this - 1 :: of]
+
+
 def compile_all() -> None:
     wanted = set()
     for (kernel, split), (rows, columns), sparsity, values in CASES:
@@ -81,7 +90,7 @@ def main() -> int:
     if "--compile" in sys.argv:
         compile_all()
     bad = 0
-    for (kernel, split), (rows, columns), sparsity, values in CASES:
+    for (kernel, split), (rows, columns), sparsity, values in part(sys.argv):
         dense = matrix(rows, columns, sparsity, kernel)
         with using(kernel, split):
             found = wrong(dense, packed(dense, values))

@@ -27,10 +27,8 @@ class _SpmmParams(ctypes.Structure):
             for name in ("bitmap", "packets", "offsets", "x", "bias", "scales", "x_scales", "y", "partial", "arrivals")
         ),
         ("x_stride", ctypes.c_longlong),
-        *(
-            (name, ctypes.c_int)
-            for name in ("rows", "columns", "n", "strips", "words", "tiles", "row_blocks", "units", "column_bytes")
-        ),
+        *((name, ctypes.c_int) for name in ("rows", "columns", "n", "strips", "words", "tiles", "row_blocks")),
+        *((name, ctypes.c_int) for name in ("share", "larger", "late", "column_bytes")),
     )
 
 
@@ -110,7 +108,8 @@ def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, chose
         partial.data_ptr(),
         counters.arrivals(device, chosen.counters),
         x.stride(0),
-        *(rows, columns, x.shape[0], strips, words, tiles, chosen.row_blocks, chosen.units, chosen.column_bytes),
+        *(rows, columns, x.shape[0], strips, words, tiles),
+        *(chosen.row_blocks, chosen.share, chosen.larger, chosen.late, chosen.column_bytes),
     )
     kernel = launch.get(chosen.source, "spmm", chosen.defines, launch.architecture(device))
     argument: ctypes.Structure = params

@@ -30,6 +30,7 @@ _X8_ROWS = 32  # of x, up to which 8-bit values are multiplied as they are, with
 _X8_WORDS = 200  # of the weight a multiprocessor, from which on that repays a kernel of its own for splitting x
 _X8_MIDDLE = 450  # words a multiprocessor, up to which small blocks are quicker even if there is room for 8 warps only
 _SPLIT_WARPS = 4  # of a block
+_LATE = 8  # one of so many blocks starts late
 _SMALL = 700  # words of the weight a multiprocessor, up to which smaller blocks are thought of
 _CHUNK_WORDS = {True: {1: 4, 2: 4, 4: 2, 8: 2}, False: {1: 8, 2: 8, 4: 4, 8: 2}}  # Hopper or not; blocks of n
 
@@ -54,10 +55,19 @@ class SpmmPlan:
     threads: int
     shared: int
     units: int
+    larger: int
+    """so many blocks, the first, have a unit more than the others"""
+    late: int
+    """from this block on they have a unit less"""
     row_blocks: int
     counters: int
     column_bytes: int
     partial_floats: int
+
+    @property
+    def share(self) -> int:
+        """Units of the blocks between the first and the late ones."""
+        return (self.units - self.larger + self.blocks - self.late) // self.blocks
 
     @functools.cached_property
     def splits_x(self) -> bool:
@@ -99,7 +109,7 @@ def spmm_plan(
         raise ValueError(f"n={n} rows of x: it takes at least 1")
     hopper, processors = device.capability == (9, 0), device.multiprocessors
     column_bytes = _column_bytes(max_packets, values)
-    n_blocks = n_blocks or _n_blocks(device, rows, columns, n, column_bytes)
+    n_blocks = n_blocks or _n_blocks(device, rows, columns, n, column_bytes, tile_words)
     wide = n_blocks > 8
     x8 = hopper and values is not ValueKind.BITS16 and n <= _X8_ROWS and _words(rows, columns) >= _X8_WORDS * processors
     chunk_words = 1 if wide else chunk(tile_words, _CHUNK_WORDS[hopper][n_blocks])
@@ -129,11 +139,12 @@ def spmm_plan(
     blocks = min(processors * resident, units)
     if wide:
         blocks, _ = _wide_shares(jobs, blocks, words, n_blocks)
+    larger, late = _uneven_shares(units, blocks)
     mean = int(packets / (strips * tiles * LANES))  # packets of a lane in a tile
     registers = multiplying_registers(warps, resident) if hopper else 0
     held = 10 if warps > 12 else max_packets  # that many warps have registers for no more
-    if wide:  # sums, two words' A registers, two tiles' bitmaps and addresses come first
-        held = (registers - 4 * n_blocks - 32 - 2 * tile_words - tile_words * 3 // 4 - _WIDE_ADDRESSES) // 4
+    if wide:
+        held = _wide_held(registers, n_blocks, tile_words)
     ahead = max(1, min(max_packets, mean + 3, held))
     defines = {
         "TILE_WORDS": tile_words,
@@ -159,6 +170,8 @@ def spmm_plan(
         threads=(warps + (FETCH_WARPS if hopper else 0)) * LANES,
         shared=ring + warps * column_bytes,
         units=units,
+        larger=larger,
+        late=late,
         row_blocks=row_blocks,
         counters=jobs * warps,
         column_bytes=column_bytes,
@@ -242,7 +255,7 @@ def _column_bytes(max_packets: int, values: ValueKind) -> int:
     return (values.packet_values * max(max_packets, 1) + 1) * 4 * LANES
 
 
-def _n_blocks(device: Device, rows: int, columns: int, n: int, column_bytes: int) -> int:
+def _n_blocks(device: Device, rows: int, columns: int, n: int, column_bytes: int, tile_words: int) -> int:
     """Blocks of 8 rows of x that one pass over the weight takes."""
     narrow = next((blocks for blocks in (1, 2, 4, 8) if n <= 8 * blocks), 8)
     if n <= 64 or device.capability != (9, 0):
@@ -257,6 +270,7 @@ def _n_blocks(device: Device, rows: int, columns: int, n: int, column_bytes: int
         blocks
         for blocks in (32, 24, 16)
         if _wide_stages(device, blocks * 8 * WORD_COLUMNS * 2, _WIDE_WARPS * column_bytes) >= _LEAST_STAGES
+        and _wide_held(multiplying_registers(_WIDE_WARPS, 1), blocks, tile_words) > 0
     ]
     return min(wide, key=cycles, default=narrow)
 
@@ -274,6 +288,25 @@ def _wide_shares(jobs: int, most: int, words: int, n_blocks: int) -> tuple[int, 
         choices[jobs * parts] = words / parts + adding
     best = min(choices, key=lambda blocks: choices[blocks])
     return best, choices[best]
+
+
+def _uneven_shares(units: int, blocks: int) -> tuple[int, int]:
+    """(larger, late): as many blocks have a unit more than their share, and those from ``late`` on one less.
+
+    Where kernels follow each other, blocks start as the ones before them end, the last of them by some microseconds
+    late, about the time of a unit. They get a unit less if the others can take it and still none has more than the most
+    of even shares: then nothing is lost where all start at once.
+    """
+    share, larger = divmod(units, blocks)
+    spared = blocks // _LATE
+    if share > 1 and larger and larger + spared <= blocks - spared:
+        return larger + spared, blocks - spared
+    return larger, blocks
+
+
+def _wide_held(registers: int, n_blocks: int, tile_words: int) -> int:
+    """Packets that a thread holds ahead, after sums, two words' A registers, two tiles' bitmaps and addresses."""
+    return (registers - 4 * n_blocks - 32 - 2 * tile_words - tile_words * 3 // 4 - _WIDE_ADDRESSES) // 4
 
 
 def _wide_stages(device: Device, stage: int, columns: int) -> int:

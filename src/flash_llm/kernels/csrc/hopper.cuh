@@ -45,6 +45,9 @@ DEVICE void copy_box(uint32_t target, const TensorMap* map, int column, int row,
       ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 
+// Fetches the description itself ahead of its first use.
+DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
 // Copies bytes that follow each other, a multiple of 16, to shared memory.
 DEVICE void copy_bytes(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"

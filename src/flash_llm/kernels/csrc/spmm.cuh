@@ -21,13 +21,13 @@ struct SpmmParams {
   const float* scales;   // of the rows; null with 16-bit values
   const float* x_scales; // [tiles][rows of X, in whole jobs]; null where X has 16 bits
   uint16_t* y;
-  float* partial;      // [2 * blocks][N_BLOCKS * 4][threads]: each block's share of the jobs it didn't do alone
+  float* partial;      // [2 * blocks][N_BLOCKS * 4 / TOGETHER][threads][TOGETHER]: each block's share of shared jobs
   uint32_t* arrivals;  // [jobs][warps], zero before and after
   long long x_stride;
   int rows, columns, n;
   int strips, words, tiles;  // words and tiles of a strip
   int row_blocks;
-  int units;                 // jobs * tiles
+  int share, larger, late;   // units of a block: `larger` blocks have one more, those from block `late` on one less
   int column_bytes;          // shared memory of a warp
 };
 
@@ -35,6 +35,7 @@ constexpr int THREADS = WARPS * LANES;  // that multiply
 constexpr int CHUNKS = (TILE_WORDS + CHUNK_WORDS - 1) / CHUNK_WORDS;  // of a tile
 constexpr int ACCUMULATORS = N_BLOCKS * 4;  // of a thread
 constexpr int N_TILE = N_BLOCKS * 8;
+constexpr int TOGETHER = N_BLOCKS > 2 ? 1 : 4;  // sums that are left in one access; with many, registers are too few
 
 // Which row block, and which rows of X, from row n on.
 struct Job {
@@ -77,6 +78,13 @@ struct Cursor {
   }
 };
 
+// Brings a warp's first two tiles' bitmaps near before anything else is done: where its packets are depends on them.
+DEVICE void prefetch_bitmaps(const SpmmParams& p, int strip, int tile, int lane) {
+  const int word = tile * TILE_WORDS + lane;
+  if (lane < 2 * TILE_WORDS && word < p.words && strip < p.strips)
+    prefetch_line(p.bitmap + ((long long)strip * p.words + word) * LANES);
+}
+
 // The packets of the next tile are asked for after word LOAD_AFTER of this one: then the bitmaps that say where they are
 // have had some time to come, and most of the tile is left for the packets. By then `words` has the next tile's bitmaps up
 // to that word, and `later` the others.
@@ -89,9 +97,15 @@ DEVICE PacketRows next_packet_rows(const uint32_t (&words)[TILE_WORDS], const ui
   return packet_rows(next);
 }
 
-DEVICE int first_unit(const SpmmParams& p, int block) { return (int)((long long)p.units * block / gridDim.x); }
+// A block's units begin here. The first blocks have a unit more than the others, and the late ones perhaps a unit less.
+DEVICE int first_unit(const SpmmParams& p, int block) {
+  return block * p.share + min(block, p.larger) - max(0, block - p.late);
+}
 DEVICE int block_of_unit(const SpmmParams& p, int unit) {
-  return (int)(((long long)(unit + 1) * gridDim.x - 1) / p.units);
+  const int of_larger = p.larger * (p.share + 1), before_late = p.late * p.share + p.larger;
+  if (unit < of_larger) return unit / (p.share + 1);
+  if (unit < before_late) return p.larger + (unit - of_larger) / p.share;
+  return p.late + (unit - before_late) / max(1, p.share - 1);
 }
 
 DEVICE void clear(float (&sum)[N_BLOCKS][4]) {
@@ -99,86 +113,122 @@ DEVICE void clear(float (&sum)[N_BLOCKS][4]) {
   for (int i = 0; i < ACCUMULATORS; ++i) sum[i / 4][i % 4] = 0.f;
 }
 
-// Applies the scales, adds the bias, rounds and writes a strip's 16 rows, for 8 * BLOCKS rows of X from `first` on.
+// What is applied to the sums of a lane's two rows of a strip.
+struct RowTerms {
+  float scale[2], bias[2];
+
+  DEVICE void load(const SpmmParams& p, int strip, int lane) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = min(strip * STRIP_ROWS + (lane >> 2) + 8 * h, p.rows - 1);
+      bias[h] = p.bias ? widen_value(p.bias[row]) : 0.f;
+      scale[h] = row_scale(p.scales, row);
+    }
+  }
+};
+
+// Applies scales and bias, rounds and writes a strip's 16 rows, for 8 * BLOCKS rows of X from `first` on.
 template <int BLOCKS>
-DEVICE void write_strip(const SpmmParams& p, const float (&sum)[BLOCKS][4], int strip, int first, int lane) {
+DEVICE void write_strip(const SpmmParams& p, const float (&sum)[BLOCKS][4], const RowTerms& terms, int strip, int first,
+                        int lane) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = strip * STRIP_ROWS + (lane >> 2) + 8 * h;
     if (row >= p.rows) continue;
-    const float bias = p.bias ? widen_value(p.bias[row]) : 0.f;
-    const float scale = row_scale(p.scales, row);
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int n = first + j * 8 + (lane & 3) * 2 + e;
-        if (n < p.n) p.y[(long long)n * p.rows + row] = round_value(sum[j][2 * h + e] * scale + bias);
+        if (n < p.n) p.y[(long long)n * p.rows + row] = round_value(sum[j][2 * h + e] * terms.scale[h] + terms.bias[h]);
       }
     }
   }
 }
 
+// Where this thread leaves its sums of a block's part of a job. A block may have parts of two jobs: the job that it begins
+// with, and one that it ends with but began before.
 DEVICE float* partial_slot(const SpmmParams& p, int block, int job) {
-  const int slot = 2 * block + (first_unit(p, block) / p.tiles == job ? 0 : 1);
-  return p.partial + (long long)slot * ACCUMULATORS * THREADS + threadIdx.x;
+  const int slot = 2 * block + (first_unit(p, block) < job * p.tiles ? 1 : 0);
+  return p.partial + (long long)slot * ACCUMULATORS * THREADS + threadIdx.x * TOGETHER;
+}
+DEVICE void leave(float* slot, int j, const float (&sum)[4]) {
+  if constexpr (TOGETHER == 4) {
+    __stcg((float4*)(slot + j * 4 * THREADS), make_float4(sum[0], sum[1], sum[2], sum[3]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) __stcg(slot + (j * 4 + i) * THREADS, sum[i]);
+  }
+}
+DEVICE void fetch(float (&sum)[4], const float* slot, int j) {
+  if constexpr (TOGETHER == 4) {
+    const float4 four = __ldcg((const float4*)(slot + j * 4 * THREADS));
+    sum[0] = four.x, sum[1] = four.y, sum[2] = four.z, sum[3] = four.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = __ldcg(slot + (j * 4 + i) * THREADS);
+  }
 }
 
-// Adds up what the blocks first to last left, in their order, and writes it. Several blocks' sums are asked for at a time,
-// and of many sums a part at a time.
-DEVICE void write_partials(const SpmmParams& p, int job, int first, int last, int warp, int lane) {
-  constexpr int BLOCKS = N_BLOCKS > 8 ? 4 : N_BLOCKS, PART = BLOCKS * 4;
-  constexpr int AT_ONCE = PART > 16 ? 1 : 16 / PART;
+// Adds up what the blocks first to last left, in their order, and writes it. As much is asked for at a time as registers
+// hold, since each time takes as long as the L2 cache to answer.
+DEVICE void write_partials(const SpmmParams& p, int job, int first, int last, int strip, int lane) {
+  constexpr int PART = N_BLOCKS > 4 ? 4 : N_BLOCKS, AT_ONCE = 4 / PART;
   const Job done(p, job);
-  const int strip = done.row_block * WARPS + warp;
+  RowTerms terms;
+  if constexpr (N_BLOCKS == 1) terms.load(p, strip, lane);  // while nothing else has to wait; with more, registers lack
 #pragma unroll 1
-  for (int part = 0; part < ACCUMULATORS; part += PART) {
-    float sum[BLOCKS][4] = {};
+  for (int part = 0; part < N_BLOCKS; part += PART) {
+    float sum[PART][4] = {};
     for (int block = first; block <= last; block += AT_ONCE) {
-      float theirs[AT_ONCE][PART];
+      float theirs[AT_ONCE][PART][4];
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k) {
-        const float* slot = partial_slot(p, min(block + k, last), job) + part * THREADS;
+        const float* slot = partial_slot(p, min(block + k, last), job);
 #pragma unroll
-        for (int i = 0; i < PART; ++i) theirs[k][i] = __ldcg(slot + i * THREADS);
+        for (int j = 0; j < PART; ++j) fetch(theirs[k][j], slot, part + j);
       }
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k) {
 #pragma unroll
-        for (int i = 0; i < PART; ++i) sum[i / 4][i % 4] += block + k <= last ? theirs[k][i] : 0.f;
+        for (int i = 0; i < PART * 4; ++i) sum[i / 4][i % 4] += block + k <= last ? theirs[k][i / 4][i % 4] : 0.f;
       }
     }
-    if (strip < p.strips) write_strip(p, sum, strip, done.n + part / 4 * 8, lane);
+    if constexpr (N_BLOCKS > 1) terms.load(p, strip, lane);
+    write_strip(p, sum, terms, strip, done.n + part * 8, lane);
   }
 }
 
 // Finishes a warp's strip of a job that several blocks share: each leaves its sums, and the last to arrive adds them all up
 // in the order of their columns and writes the result. Nobody waits for anybody, not even for the block's other warps.
-DEVICE void reduce_and_write(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], int job, int warp, int lane) {
-  const int first = block_of_unit(p, job * p.tiles);
-  const int last = block_of_unit(p, job * p.tiles + p.tiles - 1);
+DEVICE void reduce_and_write(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], int job, int strip, int lane) {
   float* mine = partial_slot(p, blockIdx.x, job);
 #pragma unroll
-  for (int i = 0; i < ACCUMULATORS; ++i) __stcg(mine + i * THREADS, sum[i / 4][i % 4]);
+  for (int j = 0; j < N_BLOCKS; ++j) leave(mine, j, sum[j]);
+  const int first = block_of_unit(p, job * p.tiles);
+  const int last = block_of_unit(p, job * p.tiles + p.tiles - 1);
   // Release what the warp wrote, acquire what the others did.
-  uint32_t* arrivals = p.arrivals + job * WARPS + warp;
+  uint32_t* arrivals = p.arrivals + job * WARPS + strip % WARPS;
   uint32_t arrived = 0;
   __syncwarp();
   if (lane == 0) arrived = atomic_add_acq_rel(arrivals, 1);
   __syncwarp();
   if (__shfl_sync(0xffffffffu, arrived, 0) != last - first) return;
   if (lane == 0) *arrivals = 0;  // ready for the next launch
-  write_partials(p, job, first, last, warp, lane);
+  write_partials(p, job, first, last, strip, lane);
 }
 
 // At the end of a block's part of a job: writes its results, or leaves them to be summed.
 DEVICE void finish_job(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], int job, int begin, int end, int warp, int lane) {
+  const Job done(p, job);
+  const int strip = done.row_block * WARPS + warp;
+  if (strip >= p.strips) return;
   const bool alone = begin <= job * p.tiles && (job + 1) * p.tiles <= end;
-  if (!alone) {
-    reduce_and_write(p, sum, job, warp, lane);
+  if (alone) {
+    RowTerms terms;
+    terms.load(p, strip, lane);
+    write_strip(p, sum, terms, strip, done.n, lane);
   } else {
-    const Job done(p, job);
-    const int strip = done.row_block * WARPS + warp;
-    if (strip < p.strips) write_strip(p, sum, strip, done.n, lane);
+    reduce_and_write(p, sum, job, strip, lane);
   }
 }

@@ -183,6 +183,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
   if (begin == end) return;
   int job = begin / p.tiles, tile = begin - job * p.tiles;
 
+  if (warp < WARPS) prefetch_bitmaps(p, Job(p, job).row_block * WARPS + warp, tile, lane);
+
   const uint32_t stages = (shared_address(memory) + RING_ALIGN - 1) & ~(RING_ALIGN - 1u);
   const uint32_t full = stages + STAGES * X_STAGE;
   Ring ring{stages, full, full + STAGES * 8, full + 128, 0, 0};
@@ -191,8 +193,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
   __syncthreads();
   if (warp >= WARPS) {
     give_registers<FETCH_REGISTERS>();
+    if (threadIdx.x != THREADS) return;
+    prefetch_map(&params.x);
     wait_dependencies();
-    if (threadIdx.x == THREADS) fetch_x(params, ring, job, tile, end - begin);
+    fetch_x(params, ring, job, tile, end - begin);
     return;
   }
   take_registers<REGISTERS>();
