@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -185,6 +186,15 @@ def test_it_compiles_as_one_graph(weights: list[PackedWeight], mode: str) -> Non
         x = x_for(weights[0], n, n)
         y = compiled(x).clone()
         torch.testing.assert_close(y, model(x), rtol=1e-2, atol=1e-2)
+
+
+def test_a_thread_may_begin_with_a_kernel(weights: list[PackedWeight]) -> None:
+    x = x_for(weights[0], 3, 0)
+    y, dense = flash_llm.linear(x, weights[0]), weights[0].to_dense()
+    torch.cuda.synchronize()
+    for expected, call in ((y, lambda: flash_llm.linear(x, weights[0])), (dense, weights[0].to_dense)):
+        with ThreadPoolExecutor(1) as thread:
+            assert torch.equal(thread.submit(call).result(), expected)
 
 
 def test_gradients_are_those_of_a_dense_layer(weights: list[PackedWeight]) -> None:

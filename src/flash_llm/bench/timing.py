@@ -16,7 +16,9 @@ ROTATED_BYTES = 400_000_000
 MAX_COPIES = 1024
 """Copies of one weight at most, so that tiny weights don't make graphs of a million launches."""
 
-LAUNCHES = 8
+LAUNCHES = 32
+"""Launches in a graph at least: starting and ending a replay takes some microseconds, and a model's graph is long."""
+
 REPLAYS = 15
 CASE_SECONDS = 0.2
 """About the most that one case is timed for: products of thousands of rows take milliseconds each, and need few."""

@@ -59,6 +59,7 @@ def _zeroed(device: int, nbytes: int) -> int:
     """Memory of zeros, got on a stream of its own in a way that no capture on any other stream minds."""
     cu = launch.driver()
     with torch.cuda.device(device):
+        launch.enter(device)
         mode = _done(cu.cuThreadExchangeStreamCaptureMode(cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
         try:
             address = _done(cu.cuMemAlloc(nbytes))

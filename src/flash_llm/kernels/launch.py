@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from flash_llm.errors import KernelError
 from flash_llm.kernels import ahead, build
 
 _PROGRAMMATIC = 1
+_thread = threading.local()
 
 
 @functools.cache
@@ -42,6 +44,26 @@ def architecture(device: int) -> str:
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; kernels need 8.0 or newer"
         )
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def enter(device: int) -> None:
+    """Gives the calling thread torch's context for ``device``, its current device, if it has none yet.
+
+    Torch's thread for gradients, for one, has a device as soon as it starts, but no context before its first call of
+    the CUDA runtime; and the driver, which launches our kernels, asks for one.
+    """
+    if getattr(_thread, "entered", False):
+        return
+    cu = driver()
+    status, context = cu.cuCtxGetCurrent()
+    check(status, "asking for the thread's context")
+    if int(context) == 0:
+        status, number = cu.cuDeviceGet(device)
+        check(status, f"asking for device {device}")
+        status, context = cu.cuDevicePrimaryCtxRetain(number)
+        check(status, f"taking the context of device {device}")
+        check(cu.cuCtxSetCurrent(context)[0], f"making the context of device {device} the thread's")
+    _thread.entered = True
 
 
 class Kernel:
@@ -86,6 +108,7 @@ class Kernel:
             config.attrs, config.numAttrs = [attribute], 1
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         with torch.cuda.device(device):
+            enter(device)
             status = cu.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0)[0]
         check(status, f"launching {self._name} with {blocks} x {threads} threads and {shared} B of shared memory")
 
