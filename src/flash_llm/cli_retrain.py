@@ -52,9 +52,6 @@ def retrain(
     teacher: Annotated[Path | None, typer.Option(help="Distil from this model too: the dense one.")] = None,
     distill: Annotated[float, typer.Option(help="Weight of the distillation; the rest is cross-entropy.")] = 0.5,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0,
-    distill_hidden: Annotated[
-        float, typer.Option(help="Weight of the hidden states' distillation, added to the loss; 0: none.")
-    ] = 0.0,
     sparsity: Annotated[float | None, typer.Option(help="Prune further, to this share of zeros, on the way.")] = None,
     schedule: Annotated[
         Schedule, typer.Option(help='How: "gradual", in rounds; "admm", as one problem of the whole model.')
@@ -137,7 +134,6 @@ def retrain(
         clip=clip,
         distill=distill,
         temperature=temperature,
-        distill_hidden=distill_hidden,
         lora_rank=lora_rank,
         train_norms=train_norms,
         train_embeddings=train_embeddings,

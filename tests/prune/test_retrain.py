@@ -21,13 +21,8 @@ from transformers import AutoModelForCausalLM
 from flash_llm.errors import CheckpointError
 from flash_llm.prune import prune_folder
 from flash_llm.prune.retrain import RetrainConfig, retrain
-from flash_llm.prune.retrain.data import Batches
-from flash_llm.prune.retrain.loss import language_loss
-from flash_llm.prune.retrain.masks import Masks
 from flash_llm.prune.retrain.state import load_state
 from flash_llm.prune.retrain.trainer import Trainer
-
-from .conftest import BLOCKS
 
 Make = Callable[..., Path]
 
@@ -115,59 +110,6 @@ def test_other_architectures(architecture: str, make_model: Make, learnable: Pat
     assert {name for name, _ in first.named_parameters()} == {name for name, _ in again.named_parameters()}
 
 
-def trainer(folder: Path, teacher: Path, config: RetrainConfig) -> Trainer:
-    """As :func:`retrain` makes it."""
-    model, taught = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (folder, teacher))
-    masks = Masks({name: w for name, w in model.named_parameters() if "mlp" in name})
-    data = Batches(torch.arange(400) % 90, config.seqlen, config.batch, config.validation, 0)
-    return Trainer(model, masks, taught.eval().requires_grad_(False), data, config)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
-def test_a_teacher_of_hidden_states_reaches_every_block(architecture: str, make_model: Make, tmp_path: Path) -> None:
-    """The gradient is that of autograd without micro-batches, and doesn't change with gradient checkpointing."""
-    dense = make_model(architecture)
-    pruned, config = make_pruned(dense, tmp_path / "pruned", 0.5), settings(Path("none"), distill_hidden=3.0)
-    plain, other = trainer(pruned, dense, config), trainer(pruned, dense, config)
-    other.model.gradient_checkpointing_enable({"use_reentrant": False})
-    other.model.train()
-    windows = plain.data(0)
-    plain._loss(windows).backward()
-    other._loss(windows).backward()
-
-    model = AutoModelForCausalLM.from_pretrained(pruned)
-    teacher = AutoModelForCausalLM.from_pretrained(dense)
-    ends = []
-    for each in (model, teacher):
-        for block in each.get_submodule(BLOCKS.get(architecture, "model.layers")):
-            block.register_forward_hook(lambda _, __, out: ends.append(out[0] if isinstance(out, tuple) else out))
-    language = language_loss(model(windows).logits, windows, teacher(windows).logits, config.distill)[0]
-    half = len(ends) // 2
-    errors = [
-        ((h - t).square().sum(-1) / t.square().sum(-1)).mean() for h, t in zip(ends[:half], ends[half:], strict=True)
-    ]
-    (language + 3.0 * torch.stack(errors).mean()).backward()
-    expected = {name: weight.grad for name, weight in model.named_parameters()}
-    for each in (plain, other):
-        for name, weight in each.model.named_parameters():
-            torch.testing.assert_close(weight.grad, expected[name], msg=name)
-
-
-def test_hidden_states_come_nearer_to_the_teachers(make_model: Make, learnable: Path, tmp_path: Path) -> None:
-    dense = make_model("llama")
-    pruned = make_pruned(dense, tmp_path / "pruned", 0.5)
-    found = {}
-    for weight in (0.0, 10.0):
-        out = tmp_path / f"out-{weight}"
-        config = settings(learnable, steps=30, distill_hidden=weight)
-        retrain(pruned, out, config, teacher=dense, progress=False)
-        after = trainer(out, dense, settings(learnable, distill=0.0, distill_hidden=1.0, steps=1))
-        plain = trainer(out, dense, settings(learnable, distill=0.0, steps=1))
-        windows = after.data(0)
-        found[weight] = float(after._loss(windows).detach() - plain._loss(windows).detach())
-    assert found[10.0] < 0.7 * found[0.0]
-
-
 def test_the_output_says_what_was_done(pruned: Path, learnable: Path, tmp_path: Path) -> None:
     retrain(pruned, tmp_path / "one", settings(learnable, steps=2), progress=False)
     report = retrain(tmp_path / "one", tmp_path / "out", settings(learnable), teacher=pruned, progress=False)
@@ -214,7 +156,6 @@ CUTS: dict[str, dict[str, Any]] = {
     "hold": {},
     "dropout": {"architecture": "opt"},
     "lora": {"lora_rank": 2},
-    "hidden": {"distill_hidden": 1.0, "gradient_checkpointing": True},
     "taylor": {"sparsity": 0.9, "score": "taylor", "rounds": 4, "scope": "global"},
     "admm": {"sparsity": 0.9, "schedule": "admm", "score": "taylor", "interval": 2, "prune_until": 0.9},
     "after admm": {"sparsity": 0.9, "schedule": "admm", "interval": 2, "prune_until": 0.3},
@@ -299,8 +240,7 @@ def test_a_killed_process_is_taken_up(pruned: Path, learnable: Path, tmp_path: P
     "how",
     [
         {"compile": True},
-        {"compile": True, "distill_hidden": 1.0},
-        {"gradient_checkpointing": True, "lora_rank": 3, "distill_hidden": 1.0},
+        {"gradient_checkpointing": True, "lora_rank": 3},
         {"sparsity": 0.9, "score": "taylor", "scope": "global", "rounds": 3},
         {"sparsity": 0.9, "schedule": "admm", "score": "taylor", "interval": 2},
     ],
@@ -392,11 +332,6 @@ def test_teachers_that_do_not_do(make_model: Make, pruned: Path, learnable: Path
         retrain(pruned, out, config, teacher=make_model("llama", vocab_size=300), progress=False)
     with pytest.raises(ValueError, match="makes no use of a teacher"):
         retrain(pruned, out, settings(learnable, distill=0.0), teacher=pruned, progress=False)
-    hidden = settings(learnable, distill_hidden=0.5)
-    with pytest.raises(ValueError, match=r"distill_hidden=0\.5 needs a teacher"):
-        retrain(pruned, out, hidden, progress=False)
-    with pytest.raises(ValueError, match=r"3 blocks of width 36 and the teacher 2 of 36"):
-        retrain(pruned, out, hidden, teacher=make_model("llama", num_hidden_layers=2), progress=False)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +343,6 @@ def test_teachers_that_do_not_do(make_model: Make, pruned: Path, learnable: Path
         ({"micro_batch": 3}, "micro_batch=3 must divide batch=4"),
         ({"lr": -1.0}, r"lr=-1\.0"),
         ({"distill": 1.5}, r"distill=1\.5 must be from 0 to 1"),
-        ({"distill_hidden": -1.0}, r"distill_hidden=-1\.0 must not be negative"),
         ({"score": "luck"}, "'luck' must be one of magnitude, taylor"),
         ({"sparsity": 1.0}, r"sparsity=1\.0"),
         ({"sparsity": 0.8, "lora_rank": 2}, "lora_rank=2 holds the zeros"),

@@ -29,7 +29,6 @@ def pruned(make_model: Make, tmp_path: Path) -> Path:
 
 def test_it_prunes_further_and_prints_the_folder(pruned: Path, text: Path, tmp_path: Path) -> None:
     how = ["--sparsity", 0.8, "--score", "taylor", "--scope", "global", "--teacher", pruned, "--distill", 0.7]
-    how += ["--distill-hidden", 0.5]
     result = run("retrain", pruned, "--text", text, "--steps", 10, *SMALL, *how, "--out", tmp_path / "out")
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'out'}\n"), result.stderr
     assert "10 steps" in result.stderr
@@ -37,7 +36,6 @@ def test_it_prunes_further_and_prints_the_folder(pruned: Path, text: Path, tmp_p
     assert record["zeros"] / record["weights"] == pytest.approx(0.8, abs=1e-3)
     done = record["retraining"][0]
     assert (done["score"], done["scope"], done["distill"], done["lr"]) == ("taylor", "global", 0.7, 0.01)
-    assert done["distill_hidden"] == 0.5
     assert run("compress", tmp_path / "out", "--out", tmp_path / "packed", "--min-sparsity", 0).exit_code == 0
 
 

@@ -32,8 +32,6 @@ class RetrainConfig:
         clip: largest norm of the gradient.
         distill: weight of the distillation loss if there is a teacher, and one less that of cross-entropy; 0 to 1.
         temperature: of the distillation.
-        distill_hidden: weight of the hidden states' distillation, which is added to the loss: the relative squared
-            error of each block's output beside the teacher's (SquareHead, arXiv 2310.06927). 0: none.
         lora_rank: train masked adapters of this rank and merge them (PERP, arXiv 2312.15230). 0: train all weights.
         train_norms: with adapters, train norms and biases too.
         train_embeddings: train the embedding and the output head, which pruning left as they were. Adam moves the rows
@@ -77,7 +75,6 @@ class RetrainConfig:
     clip: float = 1.0
     distill: float = 0.5
     temperature: float = 1.0
-    distill_hidden: float = 0.0
     lora_rank: int = 0
     train_norms: bool = True
     train_embeddings: bool = True
@@ -118,9 +115,8 @@ class RetrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1.")
         if not 0 < self.prune_until <= 1:
             raise ValueError(f"prune_until={self.prune_until} must be more than 0 and at most 1.")
-        for name in ("weight_decay", "distill_hidden"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay={self.weight_decay} must not be negative.")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
             raise ValueError(f"micro_batch={self.micro_batch} must divide batch={self.batch}.")
         choices = {"schedule": Schedule, "score": Score, "scope": Scope, "precision": Precision}

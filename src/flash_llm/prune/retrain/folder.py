@@ -23,7 +23,6 @@ from flash_llm.prune.job import Job
 from flash_llm.prune.retrain.config import RetrainConfig
 from flash_llm.prune.retrain.curve import plot
 from flash_llm.prune.retrain.data import Batches
-from flash_llm.prune.retrain.hidden import check_alike
 from flash_llm.prune.retrain.interrupt import deferred_interrupts
 from flash_llm.prune.retrain.lora import add_adapters, merge_adapters
 from flash_llm.prune.retrain.masks import Masks
@@ -105,9 +104,8 @@ def retrain(
         What was done.
 
     Raises:
-        ValueError: too little text, windows longer than the model's positions, a teacher of another vocabulary or,
-            where hidden states are distilled, shape, a sparsity below the model's, a loss or weights that are not
-            finite.
+        ValueError: too little text, windows longer than the model's positions, a teacher of another vocabulary, a
+            sparsity below the model's, a loss or weights that are not finite.
         FileNotFoundError: no such model, teacher or text.
         FileExistsError: the output folder is not empty, or an interrupted run had other arguments.
         CheckpointError: the folder is no model, not pruned, compressed, damaged or not supported.
@@ -119,15 +117,9 @@ def retrain(
     skeleton = Skeleton(source, torch.float32, torch.device("cpu"))
     layers = masked_layers(source, skeleton, config)
     tokenizer = source.load_tokenizer()
-    if teacher is not None and not config.distill and not config.distill_hidden:
+    if teacher is not None and not config.distill:
         raise ValueError("distill=0 makes no use of a teacher: give it some weight, or leave the teacher out.")
-    if teacher is None and config.distill_hidden:
-        raise ValueError(
-            f"distill_hidden={config.distill_hidden} needs a teacher: name the dense model, or leave it out."
-        )
     taught = None if teacher is None else load_teacher(Path(teacher), source, tokenizer, device)
-    if taught is not None and config.distill_hidden:
-        check_alike(skeleton.model, taught, config.distill_hidden)
     ids = _ids(source, tokenizer, config)
     settings: dict[str, Any] = asdict(config) | {
         "teacher": None if teacher is None else str(Path(teacher).resolve()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from flash_llm.prune.retrain.admm import Admm
 from flash_llm.prune.retrain.config import RetrainConfig
 from flash_llm.prune.retrain.data import Batches, mixed
-from flash_llm.prune.retrain.hidden import HiddenStates, hidden_loss
 from flash_llm.prune.retrain.loss import language_loss
 from flash_llm.prune.retrain.masks import Masks
 from flash_llm.prune.retrain.schedule import Gradual, Hold, Schedule, Targets
@@ -54,9 +53,6 @@ class Trainer:
     ) -> None:
         self.model, self.masks, self.data, self.config = model, masks, data, config
         self._teacher = teacher
-        wanted = teacher is not None and config.distill_hidden > 0
-        self._states = HiddenStates(model) if wanted else None
-        self._taught = HiddenStates(teacher) if wanted and teacher is not None else None
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._device = next(model.parameters()).device
         self._optimizer = _optimizer(self._trained.values(), config, self._device)
@@ -176,17 +172,14 @@ class Trainer:
         self._pending.append((step, loss))
 
     def _loss(self, windows: Tensor) -> Tensor:
-        config = self.config
-        with self._autocast(), _kept(self._states) as states:
+        with self._autocast():
             logits = self.model(input_ids=windows, use_cache=False).logits
-        if self._teacher is None:
-            return language_loss(logits, windows, compiled=config.compile)[0]
-        with torch.no_grad(), _kept(self._taught) as taught:
-            wanted = self._teacher(input_ids=windows, use_cache=False).logits
-        loss = language_loss(logits, windows, wanted, config.distill, config.temperature, config.compile)[0]
-        if config.distill_hidden:
-            loss = loss + config.distill_hidden * hidden_loss(states, taught, config.compile)
-        return loss
+        taught = None
+        if self._teacher is not None:
+            with torch.no_grad():
+                taught = self._teacher(input_ids=windows, use_cache=False).logits
+        config = self.config
+        return language_loss(logits, windows, taught, config.distill, config.temperature, config.compile)[0]
 
     def _lr(self, step: int) -> float:
         """A linear rise, then a cosine down to ``final_lr``."""
@@ -265,18 +258,10 @@ class Trainer:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bfloat16)
 
 
-def _kept(states: HiddenStates | None) -> AbstractContextManager[list[Tensor]]:
-    return nullcontext([]) if states is None else states.kept()
-
-
 def _compile_blocks(model: nn.Module) -> None:
-    """Compile a model's blocks, in place. They are alike, so that they share what is compiled, in seconds.
-
-    Not by ``Module.compile``, which would compile hooks too, for each block anew.
-    """
+    """Compile a model's blocks, in place. They are alike, so that they share what is compiled, in seconds."""
     for name in block_names(model):
-        block = model.get_submodule(name)
-        block.forward = torch.compile(block.forward, dynamic=False)
+        model.get_submodule(name).compile(dynamic=False)
 
 
 def _optimizer(weights: Any, config: RetrainConfig, device: torch.device) -> torch.optim.AdamW:
