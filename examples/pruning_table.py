@@ -63,8 +63,8 @@ def measure(options: argparse.Namespace) -> None:
         table = json.loads(options.out.read_text(encoding="utf-8"))
         if table["settings"] != settings:
             raise SystemExit(f"{options.out} was measured with other settings: {table['settings']}, not {settings}.")
-    done = [_key(cell) for cell in table["cells"]]
-    groups = [group for found in _groups(options) if (group := [cell for cell in found if _key(cell) not in done])]
+    done = {_key(cell): cell for cell in table["cells"]}
+    groups = [group for found in _groups(options) if (group := _missing(found, done))]
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
         running = {}
         while groups or running:
@@ -157,6 +157,12 @@ def _groups(options: argparse.Namespace) -> Iterator[list[Cell]]:
             else:
                 together = [cells.pop(method) for method in ("sparsegpt", "alps") if method in cells]
                 yield from chain([together] if together else [], ([cell] for cell in reversed(cells.values())))
+
+
+def _missing(group: list[Cell], done: dict[tuple[str, float, str], Cell]) -> list[Cell]:
+    """The cells of a group that are not done yet, with the sparsities that one of those done has found."""
+    found = [{"shares": done[_key(cell)]["shares"]} for cell in group if "shares" in done.get(_key(cell), {})]
+    return [cell | (found[0] if found else {}) for cell in group if _key(cell) not in done]
 
 
 def _measure_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:

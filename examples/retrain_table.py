@@ -62,7 +62,7 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> None:
     """Run the cases that are missing."""
     end = time.monotonic() + options.minutes * 60
-    common = {"text": Path(options.text).name, "test": options.test.name, "window": 2048, "model": options.model.name}
+    common = {"test": options.test.name, "window": 2048, "model": options.model.name}
     result: dict[str, Any] = {"settings": common, "machine": environment(), "cases": []}
     if options.out.exists():
         result = json.loads(options.out.read_text(encoding="utf-8"))
@@ -90,6 +90,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "name": out.name,
         "start": "dense" if start is None else f"alps, {start:.0%}",
+        "text": Path(options.text).name,
         "settings": settings,
         "steps": report.steps,
         "tokens": report.tokens,
