@@ -111,10 +111,12 @@ def retrain(
       flash-llm retrain PRUNED --text text.txt.gz --minutes 30 --sparsity 0.8 --score taylor --out RETRAINED
       flash-llm retrain PRUNED --text text.txt.gz --steps 500 --lora-rank 16 --out RETRAINED
       flash-llm retrain MODEL --text text.txt.gz --minutes 30 --dense --out BASELINE
+      torchrun --nproc-per-node 4 -m flash_llm retrain PRUNED --text text.txt.gz --epochs 3 --out RETRAINED
     """
     from flash_llm.cli import tame_transformers, usable_device
     from flash_llm.prune.retrain import RetrainConfig
     from flash_llm.prune.retrain import retrain as run
+    from flash_llm.prune.retrain.processes import is_first
 
     tame_transformers()
     config = RetrainConfig(
@@ -152,6 +154,8 @@ def retrain(
         checkpoint_minutes=checkpoint_minutes,
     )
     report = run(model, out, config, teacher=teacher, device=usable_device(device), resume=not restart)
+    if not is_first():
+        return
     zeros = f", {report.zeros:,} of {report.weights:,} weights are zero" if report.weights else ""
     print(
         f"{report.steps} steps, {report.tokens:,} tokens in {report.seconds / 60:.1f} min: "

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flash_llm.prune.retrain.masks import Masks
+from flash_llm.prune.retrain.processes import own
 from flash_llm.prune.retrain.schedule import Targets
 
 
@@ -47,7 +48,7 @@ class Admm:
         self._masks, self._targets, self._optimizer = masks, targets, optimizer
         self._score, self._penalty, self._interval = score, penalty, interval
         self._begin, self._end = begin, end
-        self._z = {name: weight.detach().clone() for name, weight in masks.weights.items()}
+        self._z = {name: own(weight.detach()).clone() for name, weight in masks.weights.items()}
         self._u = {name: torch.zeros_like(weight) for name, weight in self._z.items()}
 
     def after_backward(self, step: int) -> None:
@@ -61,7 +62,7 @@ class Admm:
         penalty = self.penalty(step)
         for name, weight in self._masks.weights.items():
             if weight.grad is not None:
-                weight.grad.add_(weight - self._z[name] + self._u[name], alpha=penalty)
+                own(weight.grad).add_(own(weight) - self._z[name] + self._u[name], alpha=penalty)
         return True
 
     @torch.no_grad()
@@ -89,7 +90,7 @@ class Admm:
     def _project(self, grow: bool) -> None:
         """The new z, and then u; u stays zero with the first z."""
         for name, dropped in self._targets.select(self._scores()).items():
-            weight, u = self._masks.weights[name], self._u[name]
+            weight, u = own(self._masks.weights[name]), self._u[name]
             z = self._z[name] = (weight + u).masked_fill_(dropped, 0.0)
             if grow:
                 u += weight - z
@@ -97,8 +98,8 @@ class Admm:
     def _scores(self) -> dict[str, Tensor]:
         scores = {}
         for name, weight in self._masks.weights.items():
-            score = (weight + self._u[name]).abs_()
+            score = (own(weight) + self._u[name]).abs_()
             if self._score == "taylor":
-                score *= self._optimizer.state[weight]["exp_avg_sq"].sqrt()
+                score *= own(self._optimizer.state[weight]["exp_avg_sq"]).sqrt()
             scores[name] = score
         return scores

@@ -27,6 +27,7 @@ from flash_llm.prune.retrain.interrupt import deferred_interrupts
 from flash_llm.prune.retrain.lora import add_adapters, merge_adapters
 from flash_llm.prune.retrain.masks import Masks
 from flash_llm.prune.retrain.model import (
+    compile_blocks,
     load_model,
     load_teacher,
     masked_layers,
@@ -34,8 +35,9 @@ from flash_llm.prune.retrain.model import (
     read_record,
     stored_names,
 )
+from flash_llm.prune.retrain.processes import Processes, started, whole
 from flash_llm.prune.retrain.state import load_state, save_state
-from flash_llm.prune.retrain.trainer import Trainer
+from flash_llm.prune.retrain.trainer import LOG_STEPS, Trainer
 from flash_llm.prune.skeleton import Skeleton
 from flash_llm.prune.source import SourceFolder
 
@@ -91,6 +93,9 @@ def retrain(
     that is asked to stop (SIGINT, SIGTERM) writes one first. On a CPU with the same number of threads the result is
     then the same, bit for bit; on a GPU some of torch's kernels add in an order that changes from run to run.
 
+    In processes that ``torchrun`` has started, one for each GPU, weights and all that belongs to them are shared out by
+    torch's FSDP, and each process takes its part of a batch.
+
     Args:
         model_dir: dense model with zeros: config.json, safetensors, tokenizer, ``pruning.json``.
         out_dir: folder to make; must not exist, or be empty.
@@ -105,7 +110,8 @@ def retrain(
 
     Raises:
         ValueError: too little text, windows longer than the model's positions, a teacher of another vocabulary, a
-            sparsity below the model's, a loss or weights that are not finite.
+            sparsity below the model's, a loss or weights that are not finite; a batch that several processes can't
+            share evenly, or adapters in several processes.
         FileNotFoundError: no such model, teacher or text.
         FileExistsError: the output folder is not empty, or an interrupted run had other arguments.
         CheckpointError: the folder is no model, not pruned, compressed, damaged or not supported.
@@ -114,23 +120,36 @@ def retrain(
     source, out = open_source(Path(model_dir)), Path(out_dir).absolute()
     check_out(out)
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    processes, device = started(device)
+    _check_processes(processes, config)
+    # Of several processes none has room for all: what is to be shared out is loaded beside the GPU.
+    home = device if processes.size == 1 else torch.device("cpu")
     skeleton = Skeleton(source, torch.float32, torch.device("cpu"))
     layers = masked_layers(source, skeleton, config)
     tokenizer = source.load_tokenizer()
     if teacher is not None and not config.distill:
         raise ValueError("distill=0 makes no use of a teacher: give it some weight, or leave the teacher out.")
-    taught = None if teacher is None else load_teacher(Path(teacher), source, tokenizer, device)
+    taught = None if teacher is None else load_teacher(Path(teacher), source, tokenizer, device, home)
     ids = _ids(source, tokenizer, config)
     settings: dict[str, Any] = asdict(config) | {
         "teacher": None if teacher is None else str(Path(teacher).resolve()),
         "sha256": digest(ids),
     }
     data = Batches(ids.to(device), config.seqlen, config.batch, config.validation, config.seed)
-    job = Job(out, settings | {"model": [str(source.folder.resolve()), *source.identity()], "device": device.type})
-    with job.started(resume):
-        model = load_model(source, device, torch.float32)
+    arguments = settings | {"model": [str(source.folder.resolve()), *source.identity()], "device": device.type}
+    if processes.size > 1:
+        arguments["processes"] = processes.size  # checkpoints are theirs
+    job = Job(out, arguments)
+    with processes.only_first(lambda: job.started(resume)):
+        processes.wait()
+        model = load_model(source, home, torch.float32)
         names = stored_names(model, source)
-        masks = _masks(model, layers, source)
+        for each in (model, taught):
+            if each is not None:
+                if config.compile:
+                    compile_blocks(each)
+                processes.share_out(each)
+        masks = _masks(model, layers, source, processes)
         if config.lora_rank:
             add_adapters(model, masks, config.lora_rank, config.train_norms, config.seed)
         if not config.train_embeddings:
@@ -143,14 +162,34 @@ def retrain(
             enable({"use_reentrant": False})
         trainer = Trainer(model, masks, taught, data, config)
         resumed = _take_up(job, trainer)
-        _train(job, trainer, progress)
+        _train(job, trainer, progress and processes.first)
         if config.lora_rank:
             merge_adapters(model, masks)
         zeros = _write_weights(job, source, model, names, layers, masks)
         report = _report(out, trainer, zeros, resumed)
-        _write_rest(job, source, trainer, layers, zeros, settings, report)
-        job.deliver()
+        if processes.first:
+            _write_rest(job, source, trainer, layers, zeros, settings, report)
+            job.deliver()
+        processes.wait()
     return report
+
+
+def _check_processes(processes: Processes, config: RetrainConfig) -> None:
+    """That a run can be shared out.
+
+    Raises:
+        ValueError: it can't.
+    """
+    if config.batch % processes.size:
+        raise ValueError(
+            f"batch={config.batch} windows can't be shared evenly by {processes.size} processes; take a multiple of "
+            "their number."
+        )
+    if processes.size > 1 and config.lora_rank:
+        raise ValueError(
+            f"lora_rank={config.lora_rank} with {processes.size} processes: adapters are trained by one, since they "
+            "need little memory. Start it without torchrun."
+        )
 
 
 def _ids(source: SourceFolder, tokenizer: Any, config: RetrainConfig) -> Tensor:
@@ -170,13 +209,13 @@ def _ids(source: SourceFolder, tokenizer: Any, config: RetrainConfig) -> Tensor:
     return ids
 
 
-def _masks(model: nn.Module, layers: dict[str, str], source: SourceFolder) -> Masks:
+def _masks(model: nn.Module, layers: dict[str, str], source: SourceFolder, processes: Processes) -> Masks:
     """The masks of the layers, whose zeros must be those of the record.
 
     Raises:
         CheckpointError: a layer has fewer.
     """
-    masks = Masks({f"{name}.weight": model.get_parameter(f"{name}.weight") for name in layers})
+    masks = Masks({f"{name}.weight": model.get_parameter(f"{name}.weight") for name in layers}, processes)
     record = read_record(source.folder)
     for name, layer in (record["layers"] if record is not None else {}).items():
         if name in layers and (zeros := masks.zeros(f"{name}.weight")) < layer.get("zeros", 0):
@@ -189,7 +228,7 @@ def _masks(model: nn.Module, layers: dict[str, str], source: SourceFolder) -> Ma
 
 def _take_up(job: Job, trainer: Trainer) -> int:
     """Go on from the last checkpoint, if there is one; the step at which."""
-    found = load_state(job.folder)
+    found = load_state(job.folder, trainer.masks.processes.rank)
     if found is not None:
         trainer.load(*found)
     return trainer.step
@@ -197,7 +236,7 @@ def _take_up(job: Job, trainer: Trainer) -> int:
 
 def _train(job: Job, trainer: Trainer, progress: bool) -> None:
     """All steps that are left, with checkpoints."""
-    config = trainer.config
+    config, processes = trainer.config, trainer.masks.processes
     saved = time.monotonic()
     with deferred_interrupts() as asked, progress_bar(progress) as bar:
         task = bar.add_task("retraining", total=trainer.steps, completed=trainer.step)
@@ -210,11 +249,16 @@ def _train(job: Job, trainer: Trainer, progress: bool) -> None:
                 due = trainer.step % config.checkpoint_steps == 0
             else:
                 due = time.monotonic() - saved > 60 * config.checkpoint_minutes
+            stop = asked()
+            if processes.size > 1:  # they must agree, and a step shouldn't wait for that
+                if trainer.step % LOG_STEPS and not trainer.done:
+                    continue
+                due, stop = bool(processes.as_first(due)), processes.any(stop)
             # Before the number of steps is known there is nothing that is worth going on from.
-            if trainer.steps is not None and (due or asked() or trainer.done):
-                save_state(job.folder, *trainer.state())
+            if trainer.steps is not None and (due or stop or trainer.done):
+                save_state(job.folder, *trainer.state(), processes)
                 saved = time.monotonic()
-            if asked() and not trainer.done:
+            if stop and not trainer.done:
                 raise KeyboardInterrupt
 
 
@@ -234,7 +278,7 @@ def _write_weights(
         for key in keys:
             stored = source.read(key)
             if key in names:
-                stored = parameters[names[key]].detach().to(device="cpu", dtype=stored.dtype).contiguous()
+                stored = whole(parameters[names[key]].detach()).to(device="cpu", dtype=stored.dtype).contiguous()
                 if not bool(stored.isfinite().all()):
                     raise ValueError(
                         f"{key} has values that {stored.dtype} can't hold after training: take a lower lr, or convert "
@@ -242,10 +286,11 @@ def _write_weights(
                     )
             if key in layer_of:
                 name = layer_of[key]
-                stored = stored.masked_fill(masks.dropped[f"{name}.weight"].cpu(), 0.0)
+                stored = stored.masked_fill(masks.whole(f"{name}.weight").cpu(), 0.0)
                 zeros[name] = int((stored == 0).sum())
-            tensors[key] = stored.clone()
-        write_tensors(job.model / shard, tensors)
+            tensors[key] = stored.clone() if masks.processes.first else stored[:0]
+        if masks.processes.first:
+            write_tensors(job.model / shard, tensors)
     return zeros
 
 
@@ -258,7 +303,7 @@ def _report(out: Path, trainer: Trainer, zeros: dict[str, int], resumed: int) ->
         tokens=trainer.step * config.batch * config.seqlen,
         loss_before=validation[0]["loss"],
         loss_after=validation[-1]["loss"],
-        weights=sum(dropped.numel() for dropped in trainer.masks.dropped.values()),
+        weights=trainer.masks.all_weights(),
         zeros=sum(zeros.values()),
         trained=trainer.trained,
         seconds=trainer.seconds,

@@ -7,43 +7,61 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from flash_llm.prune.retrain.processes import ALONE, Processes, own, part_like, whole
+
 
 class Masks:
     """Which weights are dropped. Dropped weights stay so: what is kept only gets less.
 
     Args:
         weights: the pruned layers' weights, by name; those that are zero are dropped.
+        processes: that the weights are shared out to.
 
     Attributes:
         weights: as given.
-        dropped: bool, of the weights' shapes.
+        dropped: bool, of the shapes of this process's parts of the weights.
+        processes: as given.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
-        self.weights = dict(weights)
-        self.dropped = {name: weight.detach() == 0 for name, weight in self.weights.items()}
+    def __init__(self, weights: Mapping[str, nn.Parameter], processes: Processes = ALONE) -> None:
+        self.weights, self.processes = dict(weights), processes
+        self.dropped = {name: own(weight.detach()) == 0 for name, weight in self.weights.items()}
 
     def zeros(self, name: str) -> int:
         """Number of dropped weights of a layer."""
-        return int(self.dropped[name].sum())
+        return self.processes.sum(int(self.dropped[name].sum()))
+
+    def all_zeros(self) -> int:
+        """Number of dropped weights."""
+        if not self.dropped:
+            return 0
+        return self.processes.sum(int(torch.stack([dropped.sum() for dropped in self.dropped.values()]).sum()))
+
+    def all_weights(self) -> int:
+        """Number of weights, dropped or not."""
+        return sum(weight.numel() for weight in self.weights.values())
+
+    def whole(self, name: str) -> Tensor:
+        """A layer's mask, whole: bool, of the weight's shape."""
+        return whole(part_like(self.dropped[name], self.weights[name]))
 
     def drop(self, name: str, more: Tensor) -> None:
         """Drop more weights of a layer."""
         self.dropped[name] |= more
-        self.weights[name].data.masked_fill_(self.dropped[name], 0.0)
+        own(self.weights[name].data).masked_fill_(self.dropped[name], 0.0)
 
     @torch.no_grad()
     def hold_gradients(self) -> None:
         """Set the gradients of dropped weights to zero."""
         for name, weight in self.weights.items():
             if weight.grad is not None:
-                weight.grad.masked_fill_(self.dropped[name], 0.0)
+                own(weight.grad).masked_fill_(self.dropped[name], 0.0)
 
     @torch.no_grad()
     def hold_weights(self) -> None:
         """Set dropped weights to zero, whatever the optimizer did to them."""
         for name, weight in self.weights.items():
-            weight.masked_fill_(self.dropped[name], 0.0)
+            own(weight).masked_fill_(self.dropped[name], 0.0)
 
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint must keep."""

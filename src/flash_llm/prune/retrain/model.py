@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from flash_llm.errors import CheckpointError
 from flash_llm.prune.folder import RECORD
 from flash_llm.prune.retrain.config import RetrainConfig
-from flash_llm.prune.skeleton import Skeleton
+from flash_llm.prune.skeleton import Skeleton, block_names
 from flash_llm.prune.source import SourceFolder
 
 
@@ -77,8 +77,14 @@ def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model.eval()
 
 
-def load_teacher(folder: Path, source: SourceFolder, tokenizer: Any, device: torch.device) -> nn.Module:
+def load_teacher(
+    folder: Path, source: SourceFolder, tokenizer: Any, device: torch.device, home: torch.device
+) -> nn.Module:
     """The model to distil from, frozen: bfloat16 on a GPU, float32 on a CPU, where bfloat16 would be slower.
+
+    Args:
+        device: that it will run on.
+        home: that it is loaded to.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -104,7 +110,7 @@ def load_teacher(folder: Path, source: SourceFolder, tokenizer: Any, device: tor
         raise ValueError(f"Teacher {folder} has another tokenizer than {source.folder}: its tokens mean other words.")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return _placed(teacher, device).requires_grad_(False)
+    return _placed(teacher, home).requires_grad_(False)
 
 
 def masked_layers(source: SourceFolder, skeleton: Skeleton, config: RetrainConfig) -> dict[str, str]:
@@ -160,3 +166,9 @@ def stored_names(model: PreTrainedModel, source: SourceFolder) -> dict[str, str]
                 "its weights in another way, and can't be retrained yet."
             )
     return names
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile a model's blocks, in place. They are alike, so that they share what is compiled, in seconds."""
+    for name in block_names(model):
+        model.get_submodule(name).compile(dynamic=False)

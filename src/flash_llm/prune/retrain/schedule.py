@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flash_llm.prune.method import zeros_of
 from flash_llm.prune.retrain.masks import Masks
+from flash_llm.prune.retrain.processes import own
 from flash_llm.prune.retrain.select import lowest_of_all
 
 
@@ -69,7 +70,7 @@ class Targets:
         names = list(masks.dropped)
         self.groups = [names] if scope == "global" else [[name] for name in names]
         self.first = [sum(masks.zeros(name) for name in group) for group in self.groups]
-        sizes = [sum(masks.dropped[name].numel() for name in group) for group in self.groups]
+        sizes = [sum(masks.weights[name].numel() for name in group) for group in self.groups]
         self.last = [max(now, zeros_of(size, sparsity)) for now, size in zip(self.first, sizes, strict=True)]
         if self.first == self.last:
             share = sum(self.first) / sum(sizes)
@@ -82,7 +83,7 @@ class Targets:
         """Drop weights of the lowest scores until ``share`` of the way is done.
 
         Args:
-            scores: float32, not negative, of the weights' shapes.
+            scores: float32, not negative, of the masks' shapes.
             share: 0 to 1.
         """
         for group, chosen in self._chosen(scores, share):
@@ -101,9 +102,10 @@ class Targets:
         result = []
         for group, first, last in zip(self.groups, self.first, self.last, strict=True):
             dropped = {name: self._masks.dropped[name] for name in group}
-            more = first + round(share * (last - first)) - sum(int(mask.sum()) for mask in dropped.values())
+            now = self._masks.processes.sum(sum(int(mask.sum()) for mask in dropped.values()))
+            more = first + round(share * (last - first)) - now
             open_scores = [scores[name].masked_fill(dropped[name], torch.inf) for name in group]
-            result.append((group, lowest_of_all(open_scores, max(0, more))))
+            result.append((group, lowest_of_all(open_scores, max(0, more), self._masks.processes)))
         return result
 
 
@@ -124,7 +126,10 @@ class Gradual:
         self._marks = {begin + round(index * (end - begin) / rounds): index / rounds for index in range(1, rounds + 1)}
         self._end = end
         self._sums = (
-            {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in masks.weights.items()}
+            {
+                name: torch.zeros_like(own(weight.detach()), dtype=torch.float32)
+                for name, weight in masks.weights.items()
+            }
             if score == "taylor"
             else None
         )
@@ -135,7 +140,7 @@ class Gradual:
             return
         for name, weight in self._masks.weights.items():
             if weight.grad is not None:
-                self._sums[name] += (weight * weight.grad).abs_()
+                self._sums[name] += (own(weight) * own(weight.grad)).abs_()
 
     def before_update(self, step: int) -> bool:
         return False
@@ -145,7 +150,7 @@ class Gradual:
         if step not in self._marks:
             return
         if self._sums is None:
-            scores = {name: weight.detach().abs() for name, weight in self._masks.weights.items()}
+            scores = {name: own(weight.detach()).abs() for name, weight in self._masks.weights.items()}
         else:
             scores = self._sums
         self._targets.drop(scores, 1 - (1 - self._marks[step]) ** 3)

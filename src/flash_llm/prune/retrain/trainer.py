@@ -1,4 +1,4 @@
-"""The training loop: one step after the other, on one device, without waiting for it."""
+"""The training loop: one step after the other, on a process's own device, without waiting for it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from flash_llm.prune.retrain.config import RetrainConfig
 from flash_llm.prune.retrain.data import Batches, mixed
 from flash_llm.prune.retrain.loss import language_loss
 from flash_llm.prune.retrain.masks import Masks
+from flash_llm.prune.retrain.processes import own
 from flash_llm.prune.retrain.schedule import Gradual, Hold, Schedule, Targets
 from flash_llm.prune.retrain.state import load_optimizer, optimizer_state
-from flash_llm.prune.skeleton import block_names
 
 # Steps that are not timed, since much is made ready in them, and those after them that are.
 _UNTIMED, _TIMED = 8, 16
 # What validating and writing may take of a budget of minutes.
 _RESERVE = 0.05
-_LOG_STEPS = 10
+LOG_STEPS = 10
+"""Every so many steps losses are fetched, and processes, if there are several, ask each other what is next."""
 _VALIDATIONS = 10
 
 
@@ -35,8 +36,9 @@ class Trainer:
     activations. Losses stay on the device; every tenth step they are fetched and looked at.
 
     Args:
-        model: a causal language model of transformers in float32, on its device, with adapters if there are to be any.
-        masks: of its pruned layers.
+        model: a causal language model of transformers in float32, on its device, with adapters if there are to be any;
+            or shared out to several processes, each of which then takes its part of a batch's windows.
+        masks: of its pruned layers, which know the processes.
         teacher: what to distil from; None: cross-entropy alone.
         data: what to train on.
         config: the rest.
@@ -52,14 +54,11 @@ class Trainer:
         self, model: nn.Module, masks: Masks, teacher: nn.Module | None, data: Batches, config: RetrainConfig
     ) -> None:
         self.model, self.masks, self.data, self.config = model, masks, data, config
+        self._processes = masks.processes
         self._teacher = teacher
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._device = next(model.parameters()).device
         self._optimizer = _optimizer(self._trained.values(), config, self._device)
-        if config.compile:
-            _compile_blocks(model)
-            if teacher is not None:
-                _compile_blocks(teacher)
         self._targets = Targets(masks, config.sparsity, config.scope) if config.sparsity is not None else None
         self.schedule: Schedule = Hold()
         self.step, self.seconds = 0, 0.0
@@ -91,7 +90,7 @@ class Trainer:
             self.validate()
         self._batch(self.step + 1)
         self.step += 1
-        if self.step % _LOG_STEPS == 0 or self.done:
+        if self.step % LOG_STEPS == 0 or self.done:
             self._fetch()
         self.seconds += time.perf_counter() - start
         if self.steps is None:
@@ -132,7 +131,7 @@ class Trainer:
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Take up :meth:`state`."""
         for name, weight in self._trained.items():
-            weight.data.copy_(tensors[f"weight.{name}"])
+            own(weight.data).copy_(tensors[f"weight.{name}"])
         load_optimizer(self._optimizer, tensors)
         self._plan(numbers["steps"])
         self.masks.load(tensors)
@@ -141,17 +140,15 @@ class Trainer:
 
     def sparsity(self) -> float:
         """Share of dropped weights in the masked layers; 0 if there are none."""
-        if not self.masks.dropped:
-            return 0.0
-        zeros = torch.stack([dropped.sum() for dropped in self.masks.dropped.values()])
-        return int(zeros.sum()) / sum(dropped.numel() for dropped in self.masks.dropped.values())
+        return self.masks.all_zeros() / max(1, self.masks.all_weights())
 
     def _batch(self, step: int) -> None:
         """Gradients of a batch, and what the optimizer and the masks make of them."""
         # Of dropout, where a model has it; by the step, so that no state of generators needs to be kept.
-        torch.manual_seed(mixed(self.config.seed, step))
+        processes = self._processes
+        torch.manual_seed(mixed(self.config.seed, step * processes.size + processes.rank))
         self.model.train()
-        batch = self.data(step - 1)
+        batch = self.data(step - 1)[processes.rank :: processes.size]
         parts = batch.split(self.config.windows_at_once)
         loss = torch.zeros((), device=self._device)
         for windows in parts:
@@ -227,7 +224,8 @@ class Trainer:
             self._wait()
             each = (time.perf_counter() - self._timed_from) / _TIMED
             budget = 60 * (self.config.minutes or 0.0)
-            self._plan(max(self.step + 1, self.step + int(((1 - _RESERVE) * budget - self.seconds) / each)))
+            steps = max(self.step + 1, self.step + int(((1 - _RESERVE) * budget - self.seconds) / each))
+            self._plan(self._processes.as_first(steps))
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -237,7 +235,7 @@ class Trainer:
         """Fetch the losses of the last steps, and look at them."""
         if not self._pending:
             return
-        losses = torch.stack([loss for _, loss in self._pending]).tolist()
+        losses = self._processes.mean(torch.stack([loss for _, loss in self._pending])).tolist()
         steps = [step for step, _ in self._pending]
         self._pending.clear()
         for step, loss in zip(steps, losses, strict=True):
@@ -256,12 +254,6 @@ class Trainer:
         precision = self.config.precision
         bfloat16 = precision == "bfloat16" or (precision == "auto" and self._device.type != "cpu")
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bfloat16)
-
-
-def _compile_blocks(model: nn.Module) -> None:
-    """Compile a model's blocks, in place. They are alike, so that they share what is compiled, in seconds."""
-    for name in block_names(model):
-        model.get_submodule(name).compile(dynamic=False)
 
 
 def _optimizer(weights: Any, config: RetrainConfig, device: torch.device) -> torch.optim.AdamW:
