@@ -83,10 +83,11 @@ def pruned(dense: Path, tmp_path: Path) -> Path:
     "how",
     [
         {},
+        {"batch": 6, "micro_batch": 2},  # three windows for each, in parts of two and one
         {"sparsity": 0.8, "score": "taylor", "scope": "global", "rounds": 3},
         {"sparsity": 0.8, "schedule": "admm", "score": "taylor", "interval": 2},
     ],
-    ids=["hold", "taylor", "admm"],
+    ids=["hold", "uneven", "taylor", "admm"],
 )
 def test_two_processes_train_what_one_trains(how: dict[str, Any], dense: Path, pruned: Path, text: Path) -> None:
     config = {"text": str(text)} | SETTINGS | how
@@ -99,7 +100,7 @@ def test_two_processes_train_what_one_trains(how: dict[str, Any], dense: Path, p
     assert list(first) == list(second)
     # Sums are added up in another order, so that two scores that are nearly equal may change places.
     apart = sum(int(((first[name] == 0) != (second[name] == 0)).sum()) for name in first)
-    assert apart <= 2 if how else apart == 0
+    assert apart <= 2 if "sparsity" in how else apart == 0
     for name in first:
         same = (first[name] == 0) == (second[name] == 0)
         torch.testing.assert_close(first[name][same], second[name][same], rtol=2e-2, atol=2e-4)

@@ -149,10 +149,9 @@ class Trainer:
         torch.manual_seed(mixed(self.config.seed, step * processes.size + processes.rank))
         self.model.train()
         batch = self.data(step - 1)[processes.rank :: processes.size]
-        parts = batch.split(self.config.windows_at_once)
         loss = torch.zeros((), device=self._device)
-        for windows in parts:
-            part = self._loss(windows) / len(parts)
+        for windows in batch.split(self.config.windows_at_once):
+            part = self._loss(windows) / (len(batch) / len(windows))  # a process's last part may be smaller
             part.backward()
             loss += part.detach()
         self.schedule.after_backward(step)
