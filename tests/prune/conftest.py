@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 256
@@ -48,6 +50,11 @@ BLOCKS = {
     "gpt2": "transformer.h",
     "bloom": "transformer.h",
 }
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder, by name."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def save_tokenizer(folder: Path) -> None:

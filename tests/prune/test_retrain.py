@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from flash_llm.errors import CheckpointError
@@ -24,11 +23,9 @@ from flash_llm.prune.retrain import RetrainConfig, retrain
 from flash_llm.prune.retrain.state import load_state
 from flash_llm.prune.retrain.trainer import Trainer
 
+from .conftest import tensors
+
 Make = Callable[..., Path]
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def layers(folder: Path) -> dict[str, Any]:

@@ -6,19 +6,21 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from flash_llm.prune import prune_folder
 from flash_llm.prune.retrain import RetrainConfig, retrain
 from flash_llm.prune.retrain.processes import Processes
 from flash_llm.prune.retrain.select import lowest_of_all
+
+from .conftest import tensors
 
 # One process of several. It may be cut off before a step, as if it had been asked to stop at that point.
 RUN = """
@@ -62,10 +64,6 @@ def in_two(
     assert ended.returncode == 0, ended.stderr[-9000:]
     lines = [line for line in ended.stdout.splitlines() if line.startswith("{")]
     return json.loads(lines[-1]) if lines else {}
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 @pytest.fixture
@@ -145,32 +143,25 @@ def test_what_cannot_be_shared_out_is_refused(how: dict[str, Any], words: str, p
     assert not (pruned.parent / "out").exists()
 
 
-class Told(Processes):
-    """The second of two processes, that is told what the first says."""
+class Threads(Processes):
+    """Processes that are threads: what each says stands in a list that all have."""
 
-    def __init__(self, says: list[int]) -> None:
-        super().__init__(2, 1)
-        self.says = says
+    def __init__(self, rank: int, said: list[int], everybody: threading.Barrier) -> None:
+        super().__init__(len(said), rank)
+        self._said, self._everybody = said, everybody
 
     def _gathered(self, number: int) -> list[int]:
-        return [self.says.pop(0), number]
+        self._said[self.rank] = number
+        self._everybody.wait()
+        heard = list(self._said)
+        self._everybody.wait()
+        return heard
 
 
-def test_of_equal_scores_those_of_the_first_process_are_lowest() -> None:
-    """Three of eight equal scores, four in each process: those are the first process's."""
-    mine = torch.ones(4)
-    counts = [4 if middle >= mine.view(torch.int32)[0] else 0 for middle in middles(mine)]
-    assert not lowest_of_all([mine], 3, Told([*counts, 0, 4, 3]))[0].any()
-    marks = lowest_of_all([mine], 6, Told([*counts, 0, 4, 4]))[0]
-    assert marks.tolist() == [True, True, False, False]
-
-
-def middles(scores: Tensor) -> list[int]:
-    """The thresholds that a search for the only score there is goes through."""
-    low, high, found = 0, 0x7F800000, int(scores.view(torch.int32)[0])
-    result = []
-    while low < high:
-        middle = (low + high) // 2
-        result.append(middle)
-        low, high = (low, middle) if middle >= found else (middle + 1, high)
-    return result
+@pytest.mark.parametrize("count", range(9))
+def test_of_equal_scores_those_of_the_first_process_are_lowest(count: int) -> None:
+    """Of eight equal scores, four in each process."""
+    said, everybody = [0, 0], threading.Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as pool:
+        marks = pool.map(lambda rank: lowest_of_all([torch.ones(4)], count, Threads(rank, said, everybody))[0], (0, 1))
+    assert torch.cat(list(marks)).tolist() == [True] * count + [False] * (8 - count)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -20,13 +19,9 @@ from flash_llm.prune.skeleton import Skeleton
 from flash_llm.prune.source import SourceFolder
 from flash_llm.prune.statistics import Collector
 
-from .conftest import BLOCKS, CONFIGS
+from .conftest import BLOCKS, CONFIGS, tensors
 
 Make = Callable[..., Path]
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: t for shard in sorted(folder.glob("*.safetensors")) for name, t in load_file(shard).items()}
 
 
 def windows_of(folder: Path, calibration: CalibrationConfig) -> Tensor:

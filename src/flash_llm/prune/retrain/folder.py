@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def retrain(
     if processes.size > 1:
         arguments["processes"] = processes.size  # checkpoints are theirs
     job = Job(out, arguments)
-    with processes.only_first(lambda: job.started(resume)):
+    with job.started(resume) if processes.first else nullcontext():
         processes.wait()
         model = load_model(source, home, torch.float32)
         names = stored_names(model, source)
@@ -288,7 +289,8 @@ def _write_weights(
                 name = layer_of[key]
                 stored = stored.masked_fill(masks.whole(f"{name}.weight").cpu(), 0.0)
                 zeros[name] = int((stored == 0).sum())
-            tensors[key] = stored.clone() if masks.processes.first else stored[:0]
+            if masks.processes.first:
+                tensors[key] = stored.clone()
         if masks.processes.first:
             write_tensors(job.model / shard, tensors)
     return zeros
@@ -303,7 +305,7 @@ def _report(out: Path, trainer: Trainer, zeros: dict[str, int], resumed: int) ->
         tokens=trainer.step * config.batch * config.seqlen,
         loss_before=validation[0]["loss"],
         loss_after=validation[-1]["loss"],
-        weights=trainer.masks.all_weights(),
+        weights=trainer.masks.count(*trainer.masks.weights),
         zeros=sum(zeros.values()),
         trained=trainer.trained,
         seconds=trainer.seconds,

@@ -27,19 +27,15 @@ class Masks:
         self.weights, self.processes = dict(weights), processes
         self.dropped = {name: own(weight.detach()) == 0 for name, weight in self.weights.items()}
 
-    def zeros(self, name: str) -> int:
-        """Number of dropped weights of a layer."""
-        return self.processes.sum(int(self.dropped[name].sum()))
-
-    def all_zeros(self) -> int:
-        """Number of dropped weights."""
-        if not self.dropped:
+    def zeros(self, *names: str) -> int:
+        """Number of dropped weights of some layers together."""
+        if not names:
             return 0
-        return self.processes.sum(int(torch.stack([dropped.sum() for dropped in self.dropped.values()]).sum()))
+        return self.processes.sum(int(torch.stack([self.dropped[name].sum() for name in names]).sum()))
 
-    def all_weights(self) -> int:
-        """Number of weights, dropped or not."""
-        return sum(weight.numel() for weight in self.weights.values())
+    def count(self, *names: str) -> int:
+        """Number of weights of some layers together, dropped or not."""
+        return sum(self.weights[name].numel() for name in names)
 
     def whole(self, name: str) -> Tensor:
         """A layer's mask, whole: bool, of the weight's shape."""

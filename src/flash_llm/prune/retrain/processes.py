@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -93,10 +91,6 @@ class Processes:
     def wait(self) -> None:
         """Until all processes are here."""
         self.sum(0)
-
-    def only_first(self, context: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
-        """A context that the first process enters, and the others don't."""
-        return context() if self.first else nullcontext()
 
     def _gathered(self, number: int) -> list[int]:
         if self.size == 1:

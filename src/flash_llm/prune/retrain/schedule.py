@@ -69,8 +69,8 @@ class Targets:
         self._masks = masks
         names = list(masks.dropped)
         self.groups = [names] if scope == "global" else [[name] for name in names]
-        self.first = [sum(masks.zeros(name) for name in group) for group in self.groups]
-        sizes = [sum(masks.weights[name].numel() for name in group) for group in self.groups]
+        self.first = [masks.zeros(*group) for group in self.groups]
+        sizes = [masks.count(*group) for group in self.groups]
         self.last = [max(now, zeros_of(size, sparsity)) for now, size in zip(self.first, sizes, strict=True)]
         if self.first == self.last:
             share = sum(self.first) / sum(sizes)
@@ -101,10 +101,8 @@ class Targets:
     def _chosen(self, scores: Mapping[str, Tensor], share: float) -> list[tuple[list[str], list[Tensor]]]:
         result = []
         for group, first, last in zip(self.groups, self.first, self.last, strict=True):
-            dropped = {name: self._masks.dropped[name] for name in group}
-            now = self._masks.processes.sum(sum(int(mask.sum()) for mask in dropped.values()))
-            more = first + round(share * (last - first)) - now
-            open_scores = [scores[name].masked_fill(dropped[name], torch.inf) for name in group]
+            more = first + round(share * (last - first)) - self._masks.zeros(*group)
+            open_scores = [scores[name].masked_fill(self._masks.dropped[name], torch.inf) for name in group]
             result.append((group, lowest_of_all(open_scores, max(0, more), self._masks.processes)))
         return result
 

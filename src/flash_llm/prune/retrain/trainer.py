@@ -54,7 +54,6 @@ class Trainer:
         self, model: nn.Module, masks: Masks, teacher: nn.Module | None, data: Batches, config: RetrainConfig
     ) -> None:
         self.model, self.masks, self.data, self.config = model, masks, data, config
-        self._processes = masks.processes
         self._teacher = teacher
         self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._device = next(model.parameters()).device
@@ -140,12 +139,12 @@ class Trainer:
 
     def sparsity(self) -> float:
         """Share of dropped weights in the masked layers; 0 if there are none."""
-        return self.masks.all_zeros() / max(1, self.masks.all_weights())
+        return self.masks.zeros(*self.masks.weights) / max(1, self.masks.count(*self.masks.weights))
 
     def _batch(self, step: int) -> None:
         """Gradients of a batch, and what the optimizer and the masks make of them."""
         # Of dropout, where a model has it; by the step, so that no state of generators needs to be kept.
-        processes = self._processes
+        processes = self.masks.processes
         torch.manual_seed(mixed(self.config.seed, step * processes.size + processes.rank))
         self.model.train()
         batch = self.data(step - 1)[processes.rank :: processes.size]
@@ -224,7 +223,7 @@ class Trainer:
             each = (time.perf_counter() - self._timed_from) / _TIMED
             budget = 60 * (self.config.minutes or 0.0)
             steps = max(self.step + 1, self.step + int(((1 - _RESERVE) * budget - self.seconds) / each))
-            self._plan(self._processes.as_first(steps))
+            self._plan(self.masks.processes.as_first(steps))
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -234,7 +233,7 @@ class Trainer:
         """Fetch the losses of the last steps, and look at them."""
         if not self._pending:
             return
-        losses = self._processes.mean(torch.stack([loss for _, loss in self._pending])).tolist()
+        losses = self.masks.processes.mean(torch.stack([loss for _, loss in self._pending])).tolist()
         steps = [step for step, _ in self._pending]
         self._pending.clear()
         for step, loss in zip(steps, losses, strict=True):
