@@ -8,7 +8,8 @@ A case that the JSON has already is not run again, and one that was cut off goes
 that their seconds are those of a GPU of their own; the first also compiles, and its seconds hold that.
 
 One-shot models, from which most cases start, are made by ALPS (128 x 2048 tokens of --calibration) in WORK; a folder of
-``pruning_table.py --keep`` has them under the same names.
+``pruning_table.py --keep`` has them under the same names. MODEL, which is also the teacher, may itself be the result of
+the case "dense": then all that follows starts from a model that has been trained on the text already.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ CASES: dict[str, tuple[float | None, dict[str, Any]]] = {
     "taylor-50": (None, {"sparsity": 0.5, "score": "taylor"}),
     "taylor-70": (0.5, {"sparsity": 0.7, "score": "taylor"}),
     "taylor-80": (0.5, {"sparsity": 0.8, "score": "taylor"}),
-    "global-80": (0.5, {"sparsity": 0.8, "score": "taylor", "scope": "global"}),
+    "global-50": (None, {"sparsity": 0.5, "score": "taylor", "scope": "global"}),
+    "global-70": (None, {"sparsity": 0.7, "score": "taylor", "scope": "global"}),
+    "global-80": (None, {"sparsity": 0.8, "score": "taylor", "scope": "global"}),
     "admm-80": (None, {"sparsity": 0.8, "schedule": "admm", "score": "taylor"}),
     "ce-70": (0.7, {"distill": 0.0}),
     "lora-70": (0.7, {"lora_rank": 16}),
@@ -89,7 +92,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     curve = json.loads((out / "retraining.json").read_text(encoding="utf-8"))
     return {
         "name": out.name,
-        "start": "dense" if start is None else f"alps, {start:.0%}",
+        "start": "dense" if start is None else f"alps, {options.allocation}, {start:.0%}",
         "text": Path(options.text).name,
         "settings": settings,
         "steps": report.steps,
@@ -105,7 +108,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def one_shot(sparsity: float, options: argparse.Namespace) -> Path:
     """The folder of ALPS' model, made if it isn't there."""
-    folder: Path = (options.one_shot or options.work) / f"alps-{sparsity:g}-uniform"
+    folder: Path = (options.one_shot or options.work) / f"alps-{sparsity:g}-{options.allocation}"
     if not folder.exists():
         calibration = CalibrationConfig(options.calibration or options.text, 128, 2048)
         prune_folder(
@@ -113,6 +116,7 @@ def one_shot(sparsity: float, options: argparse.Namespace) -> Path:
             folder,
             "alps",
             sparsity,
+            allocation=options.allocation,
             calibration=calibration,
             device=options.device,
             progress=False,
@@ -165,6 +169,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--test", type=Path, help="text that perplexity is measured on")
     parser.add_argument("--work", type=Path, help="folder for the models")
     parser.add_argument("--one-shot", type=Path, help="folder that has ALPS' models, if not WORK")
+    parser.add_argument("--allocation", default="uniform", help="of ALPS' models: uniform, owl or error")
     parser.add_argument("--out", type=Path, default=Path("retrain.json"))
     parser.add_argument("--cases", type=lambda text: text.split(","), default=list(CASES), help=", ".join(CASES))
     parser.add_argument("--steps", type=int, default=1500)
