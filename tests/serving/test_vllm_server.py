@@ -33,10 +33,17 @@ def compressed(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path / "small"
 
 
-def test_a_real_model_gives_the_tokens_that_it_gives_in_transformers(compressed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_real_model_gives_the_tokens_that_it_gives_in_transformers(
+    ranks: int, compressed: Path, tmp_path: Path
+) -> None:
+    """Its 9 heads and 3 of keys and values can be shared by three ranks, and not by two."""
     prompts = [[1, 504, 3575, 282, 4649, 314], [504, 1743, 335, 1343]]
     options = {"model": str(compressed), "dtype": "float32", "max_model_len": 256, "enforce_eager": True}
-    (outcome,) = generate(tmp_path, [{"options": options, "prompts": prompts, "tokens": TOKENS}])
+    run = {"options": options | {"tensor_parallel_size": ranks}, "prompts": prompts, "tokens": TOKENS}
+    own = {} if ranks == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "0|1|0", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    (outcome,) = generate(tmp_path, [run], **own)
+    assert isinstance(outcome, list), outcome
     assert [answer["tokens"] for answer in outcome] == greedy(compressed, prompts, TOKENS)
 
 
