@@ -77,6 +77,22 @@ def test_figures_of_a_row() -> None:
     assert figures["time_per_output_token_ms"] == pytest.approx(20)
 
 
+def test_how_long_loading_took_is_taken_from_the_log(tmp_path: Path) -> None:
+    """Of two kinds of lines the later one, which is of all of it; of several processes the slowest."""
+    log, folder = tmp_path / "log", tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(bytes(3_000_000))
+    log.write_text("starting\n")
+    assert e2e.loading(log, folder) == {"load_s": None, "load_gigabytes_a_second": None}
+    log.write_text(
+        "(Worker 0) INFO Loading weights took 9.50 seconds\n"
+        "(Worker 0) INFO Model loading took 1.25 GiB memory and 1.500000 seconds\n"
+        "(Worker 1) INFO Model loading took 1.25 GiB memory and 1.400000 seconds\n"
+    )
+    assert e2e.loading(log, folder) == {"load_s": 1.5, "load_gigabytes_a_second": pytest.approx(0.002)}
+    assert e2e.loading(log, None) == {"load_s": 1.5, "load_gigabytes_a_second": None}
+
+
 def test_max_is_the_largest_batch_that_fits() -> None:
     assert e2e_worker.sizes(["64", "8", "max"], 23) == [8, 23, 64]
     assert e2e_worker.sizes(["8", "max"], 0) == [8]
@@ -152,7 +168,7 @@ def test_a_process_is_ended_at_the_time_limit_and_keeps_its_rows(
     taken: list[dict[str, Any]] = []
     why = e2e.run_worker(settings(time_limit=3), "dense", tmp_path, None, 3, taken.append)
     assert why == "the time limit of 3 s"
-    assert taken == [{"kind": "results", "batch": 8}]
+    assert taken == [{"kind": "results", "batch": 8, "load_s": None, "load_gigabytes_a_second": None}]
 
 
 def test_a_process_that_fails_gives_its_last_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

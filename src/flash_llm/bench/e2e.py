@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -263,14 +264,37 @@ def run_worker(
             env=_environment(settings),
             start_new_session=True,
         )
+
+        def take_row(line: Row) -> None:
+            take(line | loading(tail, None if folder != kind else Path(folder)) if line["kind"] == "results" else line)
+
         try:
-            late = _watch(process, end, new, take)
+            late = _watch(process, end, new, take_row)
         finally:
             _stop(process)
-        _pass_on(new, take)
+        _pass_on(new, take_row)
     if late:
         return f"the time limit of {settings.time_limit:g} s"
     return None if process.returncode == 0 else _last_error(tail)
+
+
+def loading(log: Path, folder: Path | None) -> dict[str, float | None]:
+    """What vLLM's log says of loading, and nothing else tells, since other processes may have done it.
+
+    Args:
+        log: what vLLM has printed.
+        folder: of the weights' files; None if weights are random.
+
+    Returns:
+        ``load_s``: seconds to read the weights and, on a GPU, to check and place them, of the slowest process; None if
+        the log has none. ``load_gigabytes_a_second``: the files' bytes over that, if there are files.
+    """
+    found = re.findall(r"(Loading weights|Model loading) took .*?([\d.]+) seconds", log.read_text(errors="replace"))
+    times = [float(seconds) for what, seconds in found if what == found[-1][0]]
+    seconds, rate = max(times, default=None), None
+    if seconds and folder is not None:
+        rate = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / seconds * 1e-9
+    return {"load_s": seconds, "load_gigabytes_a_second": rate}
 
 
 def _environment(settings: Settings) -> dict[str, str]:

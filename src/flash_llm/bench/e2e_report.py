@@ -29,6 +29,7 @@ COLUMNS = (  # of the table: title, and the cell of a row
     ("weights, GiB/GPU", lambda row: f"{row['weight_bytes'] / 2**30:.1f}"),
     ("KV cache, tokens", lambda row: f"{row['kv_cache_tokens']:,}"),
     ("largest batch", lambda row: str(row["largest_batch"])),
+    ("load, GB/s", lambda row: f"{rate:.1f}" if (rate := row.get("load_gigabytes_a_second")) else "-"),
 )
 KINDS = ("linear", "attention", "communication", "other")
 

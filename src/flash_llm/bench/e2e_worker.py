@@ -1,6 +1,7 @@
 """One process of ``flash-llm bench e2e``: starts vLLM with one kind of weights, and measures.
 
-Appends lines of JSON to a file, each with its ``kind``: "environment", "results" or "not_measured". A row of results:
+Appends lines of JSON to a file, each with its ``kind``: "environment", "results" or "not_measured". A row of results
+(to which :func:`flash_llm.bench.e2e.loading` adds):
 
 - ``weights``, ``sparsity``, ``gpus``, ``batch``, ``input_len``, ``output_len``;
 - ``tokens_per_second``, ``tokens_per_gpu_second``: output tokens over the whole time, prefill and all;
