@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 WHEELS := build/wheel
 
-.PHONY: help setup demo test lint format gpu-test vllm-test wheel clean
+.PHONY: help setup demo test lint format gpu-test gpu-sanitize vllm-test wheel clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -47,6 +47,10 @@ format: setup
 
 gpu-test: setup
 	$(BIN)/python -m pytest -m gpu
+
+# Ten to twenty minutes; needs compute-sanitizer, of the CUDA toolkit, and a GPU with nothing else on it.
+gpu-sanitize: setup
+	for tool in memcheck synccheck racecheck; do $(BIN)/python tests/gpu/sanitize.py --watch $$tool || exit 1; done
 
 # vLLM pins its torch, so it has an environment of its own. Its CPU build needs none of torch's vision and audio.
 vllm-test: $(VENV)-vllm/.ready

@@ -1,17 +1,24 @@
 """Unpacking and multiplying on small odd matrices, checked, for compute-sanitizer to watch:
 
-    python tests/gpu/sanitize.py --compile    # compiles all that is needed, side by side
-    compute-sanitizer --tool memcheck --report-api-errors no python tests/gpu/sanitize.py
+    python tests/gpu/sanitize.py --compile                      # compiles all that is needed, side by side
+    python tests/gpu/sanitize.py --watch racecheck --jobs 5     # all cases under a tool, in five processes
 
-(and ``--tool racecheck``, ``synccheck``). ``--part 2/4`` takes the second quarter of the cases, so that several
-processes can share them. Ends with 1 if a result is wrong. API errors are not reported, since the driver's Python
-bindings ask it for functions that it may not have.
+The tools are memcheck, racecheck and synccheck; ``--limit 500`` ends their processes after so many seconds, and
+``--logs DIR`` keeps what they print. Without ``--watch`` the cases are run by themselves, and ``--part 2/5`` takes the
+second fifth of them. Ends with 1 if a result is wrong, a tool finds an error, or a process doesn't get to its end.
+
+Kernels of torch's own library (nvjet) are left out. API errors are not reported, since the driver's Python bindings ask
+it for functions that it may not have. Let nothing else run on the GPU meanwhile: a tool needs memory of its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
+import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -67,11 +74,9 @@ def wrong(dense: torch.Tensor, weight: PackedWeight) -> int:
     return bad
 
 
-def part(arguments: list[str]) -> list[tuple]:
-    """The cases that this process takes."""
-    if "--part" not in arguments:
-        return CASES
-    this, of = map(int, arguments[arguments.index("--part") + 1].split("/"))
+def part(text: str) -> list[tuple]:
+    """The cases of part I of N, as "I/N"."""
+    this, of = map(int, text.split("/"))
     return CASES[this - 1 :: of]
 
 
@@ -84,13 +89,57 @@ def compile_all() -> None:
     compile_side_by_side(wanted)
 
 
+def watched(tool: str, jobs: int, limit: float | None, logs: Path) -> int:
+    """Runs all cases under a tool of compute-sanitizer. Returns how many processes found something or did not end."""
+    logs.mkdir(parents=True, exist_ok=True)
+    begin = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "3"]
+    begin += ["--kernel-name-exclude", "kernel_substring=nvjet", sys.executable, str(Path(__file__).resolve())]
+    end = None if limit is None else time.monotonic() + limit
+    running = []
+    for i in range(1, jobs + 1):
+        log = logs / f"{tool}-{i}-of-{jobs}.log"
+        with log.open("wb") as output:
+            command = [*begin, "--part", f"{i}/{jobs}"]
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        running.append((i, process, log))
+    bad = 0
+    for i, process, log in running:
+        try:
+            process.wait(None if end is None else max(0.0, end - time.monotonic()))
+            outcome = "clean" if process.returncode == 0 else f"ended with {process.returncode}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the tool and what it watches
+            outcome = "not done in time"
+        bad += outcome != "clean"
+        lines = log.read_text(errors="replace").splitlines()
+        done = sum(line.endswith("none wrong") for line in lines)
+        of = len(part(f"{i}/{jobs}"))
+        summary = next((line.strip("= ") for line in reversed(lines) if "SUMMARY" in line), "no summary")
+        print(f"{tool} {i}/{jobs}: {outcome}, {done} of {of} cases right; {summary}", flush=True)
+    return bad
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", action="store_true", help="compile all kernels first, side by side")
+    parser.add_argument("--part", type=part, default=CASES, metavar="I/N", help="of the cases")
+    parser.add_argument("--watch", choices=("memcheck", "racecheck", "synccheck"), help="tool to run all cases under")
+    parser.add_argument("--jobs", type=int, default=4, help="processes at a time")
+    parser.add_argument("--limit", type=float, help="seconds after which they are ended")
+    parser.add_argument("--logs", type=Path, default=Path("build/sanitizer"), help="folder for what the tool prints")
+    return parser.parse_args()
+
+
 def main() -> int:
+    given = options()
+    if given.watch:
+        return int(watched(given.watch, given.jobs, given.limit, given.logs) > 0)
     for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
         setattr(torch.backends.cuda.matmul, name, False)  # so that torch's own products, of many rows, are exact too
-    if "--compile" in sys.argv:
+    if given.compile:
         compile_all()
     bad = 0
-    for (kernel, split), (rows, columns), sparsity, values in part(sys.argv):
+    for (kernel, split), (rows, columns), sparsity, values in given.part:
         dense = matrix(rows, columns, sparsity, kernel)
         with using(kernel, split):
             found = wrong(dense, packed(dense, values))
