@@ -210,7 +210,8 @@ def prune(
     allocation: Annotated[
         str,
         typer.Option(
-            help='How it is spread over the layers: "uniform", "owl" (by outliers), "error" (least measured error).'
+            help='How it is spread over the layers: "uniform", "owl" (by outliers), "error" (least measured error: the '
+            "best, and takes some times as long)."
         ),
     ] = "uniform",
     calibration: Annotated[
