@@ -108,11 +108,95 @@ def spmm_plan(
     """
     if n < 1:
         raise ValueError(f"n={n} rows of x: it takes at least 1")
-    hopper, processors = device.capability == (9, 0), device.multiprocessors
     column_bytes = _column_bytes(max_packets, values)
+    block = _block(device, rows, columns, tile_words, n, column_bytes, values, n_blocks, warps, resident)
+    strips, words, tiles = grid(rows, columns, tile_words)
+    row_blocks = ceil_div(strips, block.warps)
+    jobs = row_blocks * ceil_div(n, 8 * block.n_blocks)
+    units = jobs * tiles
+    blocks = min(device.multiprocessors * block.resident, units)
+    if block.wide:
+        blocks, _ = _wide_shares(jobs, blocks, words, block.n_blocks)
+    larger, late = _uneven_shares(units, blocks)
+    defines = {
+        "TILE_WORDS": tile_words,
+        "RAGGED": int(words % tile_words != 0),
+        "BF16": int(bf16),
+        "VALUES": values.code,
+        **block.defines(tile_words),
+        **_packets_ahead(block, packets // (strips * tiles * LANES), max_packets, tile_words, values),
+    }
+    return SpmmPlan(
+        source="spmm_sm90.cu" if block.hopper else "spmm_sm80.cu",
+        defines=tuple(sorted(defines.items())),
+        blocks=blocks,
+        threads=(block.warps + (FETCH_WARPS if block.hopper else 0)) * LANES,
+        shared=block.ring + block.warps * column_bytes,
+        units=units,
+        larger=larger,
+        late=late,
+        row_blocks=row_blocks,
+        counters=jobs * block.warps,
+        column_bytes=column_bytes,
+        partial_floats=2 * blocks * block.n_blocks * 4 * block.warps * LANES,
+    )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What a block multiplies at a time, with how many warps, and how X is streamed through it."""
+
+    hopper: bool
+    x8: bool
+    n_blocks: int
+    warps: int
+    resident: int
+    chunk_words: int
+    stages: int
+    ring: int
+    """bytes of shared memory for pieces of X and what belongs to them"""
+
+    @property
+    def wide(self) -> bool:
+        """Whether more than 64 rows of x are multiplied at a time."""
+        return self.n_blocks > 8
+
+    @property
+    def registers(self) -> int:
+        """Of a multiplying thread, on Hopper."""
+        return multiplying_registers(self.warps, self.resident)
+
+    def defines(self, tile_words: int) -> dict[str, int]:
+        """What the kernel is compiled with, of this."""
+        found = {"N_BLOCKS": self.n_blocks, "CHUNK_WORDS": self.chunk_words, "WARPS": self.warps}
+        if not self.hopper:
+            return found
+        found |= {"STAGES": self.stages, "WGMMA": int(self.n_blocks >= 4 and not self.x8), "RESIDENT": self.resident}
+        found |= {"REGISTERS": self.registers, "FETCH_REGISTERS": _FETCH_REGISTERS}
+        found |= {"X8": int(self.x8), "GROUP": _x8_group(tile_words, self.n_blocks) if self.x8 else 1}
+        if self.n_blocks <= 2 and self.resident == 1 and not self.x8:
+            found["REGISTERS"] -= 8  # more than enough; offered all, the compiler spills some for no reason
+        return found
+
+
+def _block(
+    device: Device,
+    rows: int,
+    columns: int,
+    tile_words: int,
+    n: int,
+    column_bytes: int,
+    values: ValueKind,
+    n_blocks: int | None,
+    warps: int | None,
+    resident: int | None,
+) -> _Block:
+    """The block for a weight and n rows of x: as asked for, or as was found best and fits into shared memory."""
+    hopper = device.capability == (9, 0)
     n_blocks = n_blocks or _n_blocks(device, rows, columns, n, column_bytes, tile_words)
     wide = n_blocks > 8
-    x8 = hopper and values is not ValueKind.BITS16 and n <= _X8_ROWS and _words(rows, columns) >= _X8_WORDS * processors
+    large = _words(rows, columns) >= _X8_WORDS * device.multiprocessors
+    x8 = hopper and values is not ValueKind.BITS16 and n <= _X8_ROWS and large
     chunk_words = 1 if wide else chunk(tile_words, _CHUNK_WORDS[hopper][n_blocks])
     stage = n_blocks * 8 * (chunk_words * WORD_COLUMNS * 2 + (0 if hopper else 16) + (4 if x8 else 0))
     if hopper and not wide and warps is None and resident is None:
@@ -124,61 +208,33 @@ def spmm_plan(
     if wide:
         warps = warps or _WIDE_WARPS
         stages = _wide_stages(device, stage, warps * column_bytes)
-    else:
+    elif hopper:
         ring_bytes = _RING_BYTES[resident]
         if x8 and warps is not None and resident == 1:
             ring_bytes = min(ring_bytes, _room(device) - warps * column_bytes)
         most = _MOST_STAGES_OF.get((n_blocks, tile_words), _MOST_STAGES)
-        stages = max(_LEAST_STAGES, min(most, ring_bytes // stage)) if hopper else 2
+        stages = max(_LEAST_STAGES, min(most, ring_bytes // stage))
+    else:
+        stages = 2
     ring = stages * stage + (_RING_EXTRA if hopper else 0)
-    strips, words, tiles = grid(rows, columns, tile_words)
     if warps is None:
         fitting = (device.shared_memory - _STATIC_BYTES - ring) // column_bytes
         warps = max(4, min(_best_warps(hopper, n_blocks, tile_words), fitting // 4 * 4))
-    row_blocks = ceil_div(strips, warps)
-    jobs = row_blocks * ceil_div(n, 8 * n_blocks)
-    units = jobs * tiles
-    blocks = min(processors * resident, units)
-    if wide:
-        blocks, _ = _wide_shares(jobs, blocks, words, n_blocks)
-    larger, late = _uneven_shares(units, blocks)
-    mean = int(packets / (strips * tiles * LANES))  # packets of a lane in a tile
-    registers = multiplying_registers(warps, resident) if hopper else 0
-    held = 10 if warps > 12 else max_packets  # that many warps have registers for no more
-    if wide:
-        held = _wide_held(registers, n_blocks, tile_words)
+    return _Block(hopper, x8, n_blocks, warps, resident, chunk_words, stages, ring)
+
+
+def _packets_ahead(block: _Block, mean: int, max_packets: int, tile_words: int, values: ValueKind) -> dict[str, int]:
+    """How many packets of the next tile a thread holds, and how many of these most likely every lane has.
+
+    Args:
+        mean: packets of a lane in a tile.
+    """
+    held = 10 if block.warps > 12 else max_packets  # that many warps have registers for no more
+    if block.wide:
+        held = _wide_held(block.registers, block.n_blocks, tile_words)
     ahead = max(1, min(max_packets, mean + 3, held))
-    defines = {
-        "TILE_WORDS": tile_words,
-        "N_BLOCKS": n_blocks,
-        "CHUNK_WORDS": chunk_words,
-        "RAGGED": int(words % tile_words != 0),
-        "PACKETS_AHEAD": ahead,
-        "LIKELY_FULL": max(1, min(mean - (2 if values is ValueKind.BITS16 else 1), ahead)),
-        "WARPS": warps,
-        "BF16": int(bf16),
-        "VALUES": values.code,
-    }
-    if hopper:
-        defines |= {"STAGES": stages, "WGMMA": int(n_blocks >= 4 and not x8), "RESIDENT": resident}
-        defines |= {"REGISTERS": registers, "FETCH_REGISTERS": _FETCH_REGISTERS}
-        defines |= {"X8": int(x8), "GROUP": _x8_group(tile_words, n_blocks) if x8 else 1}
-        if n_blocks <= 2 and resident == 1 and not x8:
-            defines["REGISTERS"] -= 8  # more than enough; offered all, the compiler spills some for no reason
-    return SpmmPlan(
-        source="spmm_sm90.cu" if hopper else "spmm_sm80.cu",
-        defines=tuple(sorted(defines.items())),
-        blocks=blocks,
-        threads=(warps + (FETCH_WARPS if hopper else 0)) * LANES,
-        shared=ring + warps * column_bytes,
-        units=units,
-        larger=larger,
-        late=late,
-        row_blocks=row_blocks,
-        counters=jobs * warps,
-        column_bytes=column_bytes,
-        partial_floats=2 * blocks * n_blocks * 4 * warps * LANES,
-    )
+    full = mean - (2 if values is ValueKind.BITS16 else 1)
+    return {"PACKETS_AHEAD": ahead, "LIKELY_FULL": max(1, min(full, ahead))}
 
 
 def rows_in_a_pass(n: int, columns: int) -> int:
