@@ -36,11 +36,16 @@ def fit_sparse(results: list[Row], bandwidth: float) -> SparseKernel:
     density = column(lambda row: 1 - row["sparsity"])
     reading = (elements * column(lambda row: row["bytes_an_element"]) + column(_activations)) / bandwidth * 1e6
     of_n = torch.tensor([ns.index(row["n"]) for row in results])
-    start = [math.log(4.0), 0.0] + [math.log(5.0)] * len(ns) + [math.log(0.1)] * (2 * len(ns))
+    start = [math.log(4.0), 3.0] + [math.log(5.0)] * len(ns) + [math.log(0.1)] * (2 * len(ns))
     parameters = torch.tensor(start, dtype=torch.float64, requires_grad=True)
 
+    def power_and_read() -> tuple[Tensor, Tensor]:
+        """Nothing is read faster than was measured. Where decoding takes all of the time, the fit by itself would let
+        reading take none, and be wrong on GPUs of less bandwidth."""
+        return parameters[0].exp(), parameters[1].sigmoid()
+
     def predicted() -> Tensor:
-        power, read, *_ = parameters.exp()
+        power, read = power_and_read()
         launch, element, nonzero = parameters[2:].exp().view(3, len(ns))[:, of_n]
         decoding = elements * (element + nonzero * density) * 1e-6
         return launch + ((reading / read) ** (1 + power) + decoding ** (1 + power)) ** (1 / (1 + power))
@@ -49,7 +54,7 @@ def fit_sparse(results: list[Row], bandwidth: float) -> SparseKernel:
         return (predicted().log() - us.log()).square().mean()
 
     _minimise(loss, parameters)
-    power, read = parameters[:2].exp().tolist()
+    power, read = (float(value.detach()) for value in power_and_read())
     launch, element, nonzero = parameters[2:].exp().view(3, len(ns)).tolist()
     return SparseKernel(
         n=tuple(ns),
