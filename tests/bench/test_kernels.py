@@ -262,6 +262,7 @@ def test_long_launches_on_a_gpu_are_few() -> None:
     """512 products of 140 billion operations, replayed 18 times, would take seconds."""
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.float16)
     calls: list[int] = []
-    timing.CudaMeter().graph(lambda i: (calls.append(i), torch.mm(a, a)), 512)
+    us = timing.CudaMeter().graph(lambda i: (calls.append(i), torch.mm(a, a)), 512)
     few = len(calls) - 1 - 512
     assert 0 < few < 512, "one ahead, all of them once, and then as few as fit"
+    assert few * us * 1e-6 * (timing.REPLAYS + 3) < 1.5 * timing.CASE_SECONDS
