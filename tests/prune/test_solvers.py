@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flash_llm.prune import ALPS, CalibrationConfig, Magnitude, Pruner, SparseGPT, Wanda, prune_folder
@@ -19,6 +18,8 @@ from flash_llm.prune.alps import refit
 from flash_llm.prune.hessian import damped, inverse_root, relative_error
 from flash_llm.prune.method import zeros_of
 from flash_llm.prune.statistics import Collector, Hessian, InputNorm
+
+from .conftest import tensors
 
 Make = Callable[..., Path]
 SOLVERS: list[Pruner] = [SparseGPT(), ALPS()]
@@ -215,7 +216,7 @@ def test_a_folder_is_pruned_and_what_was_odd_is_recorded(
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         report = prune_folder(source, tmp_path / "out", method, 0.6, calibration=calibration, progress=False)
-    weights = {k: t for shard in (tmp_path / "out").glob("*.safetensors") for k, t in load_file(shard).items()}
+    weights = tensors(tmp_path / "out")
     for layer in report.layers.values():
         assert weights[layer.tensor].dtype == torch.float16
         assert layer.zeros == zeros_of(weights[layer.tensor].numel(), 0.6)

@@ -255,6 +255,11 @@ def run_worker(
     lines.touch()
     log_path = Path(os.devnull) if log_dir is None else log_dir / f"e2e-{kind.replace('/', '_')}.log"
     tail = scratch / "output" if log_dir is None else log_path
+    files = Path(folder) if folder == kind else None
+
+    def take_row(line: Row) -> None:
+        take(line | loading(tail, files) if line["kind"] == "results" else line)
+
     end = time.monotonic() + seconds
     with tail.open("wb") as log, lines.open() as new:
         process = subprocess.Popen(
@@ -264,10 +269,6 @@ def run_worker(
             env=_environment(settings),
             start_new_session=True,
         )
-
-        def take_row(line: Row) -> None:
-            take(line | loading(tail, None if folder != kind else Path(folder)) if line["kind"] == "results" else line)
-
         try:
             late = _watch(process, end, new, take_row)
         finally:

@@ -143,8 +143,8 @@ class Trainer:
 
     def _batch(self, step: int) -> None:
         """Gradients of a batch, and what the optimizer and the masks make of them."""
-        # Of dropout, where a model has it; by the step, so that no state of generators needs to be kept.
         processes = self.masks.processes
+        # Of dropout, where a model has it; by the step, so that no state of generators needs to be kept.
         torch.manual_seed(mixed(self.config.seed, step * processes.size + processes.rank))
         self.model.train()
         batch = self.data(step - 1)[processes.rank :: processes.size]
