@@ -55,6 +55,17 @@ def test_logits_are_those_of_the_dense_model(folders: tuple[Path, Path], dtype: 
     assert torch.equal(logits(packed), logits(dense))
 
 
+def test_a_model_may_ask_for_its_layers_weights(tmp_path: Path) -> None:
+    """GPTBigCode initialises them by name, packed or not."""
+    dense = pruned_folder(tmp_path / "dense", "gpt_bigcode")
+    compress_folder(dense, tmp_path / "packed")
+    packed = load(tmp_path / "packed")
+    layer = packed.get_submodule("transformer.h.0.mlp.c_proj")
+    assert (layer.weight.dtype, layer.weight.numel()) == (torch.bfloat16, 0)
+    assert "transformer.h.0.mlp.c_proj.weight" not in packed.state_dict()
+    assert torch.equal(logits(packed), logits(load(dense)))
+
+
 def test_generate(folders: tuple[Path, Path]) -> None:
     dense, packed = (load(folder, dtype=torch.float32) for folder in folders)
     prompt = torch.tensor([[5, 6, 7]])

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, OPTConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTBigCodeConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 VOCABULARY = 97
 
@@ -24,12 +33,17 @@ CONFIGS = {
     ),
     "gpt_neox": lambda: GPTNeoXConfig(**_COMMON, hidden_size=48, intermediate_size=100, num_attention_heads=4),
 }
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
+ODD_CONFIGS = {
+    "gpt2": lambda: GPT2Config(**_GPT2),  # its layers are no nn.Linear
+    "gpt_bigcode": lambda: GPTBigCodeConfig(**_GPT2),  # initialises its layers' weights by name
+}
 
 
 def pruned_model(kind: str, sparsity: float = 0.6, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """A random model, ``sparsity`` of each linear layer's weights zero."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
+    model = AutoModelForCausalLM.from_config((CONFIGS | ODD_CONFIGS)[kind]()).eval()
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.data.masked_fill_(torch.rand_like(module.weight) < sparsity, 0.0)

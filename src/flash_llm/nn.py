@@ -91,6 +91,11 @@ class SparseLinear(nn.Module):
             shape, self.weight_bitmap, values, self.weight_offsets, *numbers, scales=scales, computed_in=computed_in
         )
 
+    @property
+    def weight(self) -> Tensor:
+        """[0, in_features], for models that ask for ``layer.weight.dtype`` or initialise it; :attr:`packed` is the weight."""
+        return self.weight_values.new_empty(0, self.in_features, dtype=self.dtype)
+
     def expand(self) -> None:
         """Expands the weight, on a CPU, where :meth:`forward` needs it dense. Does nothing a second time."""
         if self._dense is None:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from flash_llm.errors import CheckpointError
 from flash_llm.nn import BUFFERS
@@ -122,6 +123,9 @@ def find_linears(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
             found.other[layer] = "transformers renames its tensors one by one at load"
         else:
             found.layers[layer] = module
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            found.other[name] = "it is a Conv1D, which has its weight the other way round"
     for name in linears:
         if name not in seen and f"{name}.weight" not in tied:
             found.other.setdefault(name, "its weight is not a tensor of its own in the checkpoint")

@@ -279,6 +279,7 @@ def _size(module: nn.Module) -> tuple[int, int]:
 
 
 def _caches(name: str, model: PreTrainedModel) -> tuple[Cache, ...]:
+    model.config.get_text_config().pad_token_id = None  # else some look for it in the prompt, which has no values
     try:
         with torch.device("meta"), torch.no_grad():
             output: Any = model.__call__(torch.zeros(1, 1, dtype=torch.long), use_cache=True)
