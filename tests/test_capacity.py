@@ -212,9 +212,11 @@ def test_a_window_bounds_the_cache(llama_8b: ModelShape) -> None:
 
 
 def test_layers_that_cant_be_packed_stay_dense() -> None:
-    """GPT-2's are no nn.Linear: all formats weigh the same, and the plan says why. It looks for padding in its prompt."""
+    """GPT-2's are no nn.Linear: all formats weigh the same, and the plan says why."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=500, pad_token_id=0))
+        model = AutoModelForCausalLM.from_config(
+            GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=500, pad_token_id=0)
+        )
     plan = planned(describe("gpt2", model), sparsities=(0.8,), input_len=100)
     assert plan.stay_dense == 8
     assert len({row.weights_bytes for row in plan.rows}) == 1

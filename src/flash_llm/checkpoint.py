@@ -656,8 +656,8 @@ def _nothing_packed(folder: ModelFolder, report: FolderReport) -> str:
     example = next(iter(report.skipped.items()), None)
     reason = f" ({example[0]}: {example[1]})" if example else ""
     return (
-        f"{folder.path}: no layer can be packed or would gain by it{reason}. Prune the model first, with flash_llm.prune; or pack "
-        f"all the same with min_sparsity=0"
+        f"{folder.path}: no layer can be packed or would gain by it{reason}. Prune the model first, with "
+        f"flash_llm.prune; or pack all the same with min_sparsity=0"
     )
 
 

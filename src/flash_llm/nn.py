@@ -93,7 +93,7 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[0, in_features], for models that ask for ``layer.weight.dtype`` or initialise it; :attr:`packed` is the weight."""
+        """[0, in_features]: for models that ask for its dtype or initialise it. The weight is :attr:`packed`."""
         return self.weight_values.new_empty(0, self.in_features, dtype=self.dtype)
 
     def expand(self) -> None:
