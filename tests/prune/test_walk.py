@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 from transformers.pytorch_utils import Conv1D
 
 from flash_llm.errors import CheckpointError
@@ -161,6 +161,16 @@ def test_a_layer_without_data_is_pruned_by_magnitude_and_it_is_said(
     assert [name for name, layer in report.layers.items() if layer.method == "magnitude"] == [never]
     assert report.layers[never].sparsity == 0.5
     assert never in json.loads((tmp_path / "out" / "pruning.json").read_text())["warnings"][0]
+
+
+def test_experts_that_stay_dense_are_spoken_of(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.warns(UserWarning, match=f"{3 * 3 * 40 * 32:,} weights of experts stay as they are"):
+        report = prune_folder(tmp_path / "model", tmp_path / "out", "magnitude", 0.5, progress=False)
+    assert report.weights == 2 * 32 * 32 + 2 * 16 * 32
+    assert "merged tensors" in report.warnings[0]
 
 
 def test_a_base_models_folder_can_be_pruned(make_model: Make, text: Path, tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ def prune_folder(
         torch.cuda.reset_peak_memory_stats(device)
     skeleton = Skeleton(source, dtype, device)
     stages = _plan(skeleton, include_lm_head, skip)
+    left = _left_dense(skeleton)
     windows = _windows(skeleton, pruner, allocation, calibration)
     settings: dict[str, Any] = {
         "method": repr(pruner),
@@ -187,7 +188,7 @@ def prune_folder(
         stage_seconds = _run(job, skeleton, stages, pruner, shares, kind, windows, progress)
         records = job.records()
         layers = {name: LayerReport(**layer) for record in records for name, layer in record["layers"].items()}
-        notes = [note for record in records for note in record["warnings"]]
+        notes = left + [note for record in records for note in record["warnings"]]
         _complete(
             job, skeleton, stages, settings | {"method": pruner.name, "method_options": repr(pruner)}, layers, notes
         )
@@ -260,6 +261,19 @@ def _plan(skeleton: Skeleton, include_lm_head: bool, skip: Sequence[str]) -> lis
     if not any(stage.layers for stage in stages):
         raise ValueError(f"skip={list(skip)} leaves no layer to prune.")
     return stages
+
+
+def _left_dense(skeleton: Skeleton) -> list[str]:
+    """A note, which is also a warning, if experts hold weights that stay as they are."""
+    fused = {name: size for block in skeleton.block_names for name, size in skeleton.fused(block).items()}
+    if not fused:
+        return []
+    note = (
+        f"{sum(fused.values()):,} weights of experts stay as they are, {next(iter(fused))} for one: the model keeps "
+        "them in merged tensors, and only linear layers are pruned."
+    )
+    warnings.warn(note, stacklevel=3)
+    return [note]
 
 
 def _windows(
