@@ -26,7 +26,7 @@ def tokens(outcome: Any) -> list[list[int]]:
     return [answer["tokens"] for answer in outcome]
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "opt", "qwen2", "stablelm"])
 def test_compressed_folders_and_packing_at_load_give_the_tokens_of_transformers(kind: str, tmp_path: Path) -> None:
     dense = dense_folder(tmp_path / "dense", kind)
     small = compressed_folder(tmp_path / "small", dense)
@@ -82,6 +82,7 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
     newer = compressed_folder(tmp_path / "newer", dense)
     edit(newer, format_version=99)
     head = compressed_folder(tmp_path / "head", dense, skip=[])
+    bloom = compressed_folder(tmp_path / "bloom", dense_folder(tmp_path / "dense-bloom", "bloom"))
     dummy = {"load_format": "dummy", "quantization": "flash_llm"}
     made_up = {"quantization_config": {"quant_method": "flash_llm", "dummy_sparsity": 0.8}}
     outcomes = generate(
@@ -89,6 +90,7 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
         [
             run(newer),
             run(head),
+            run(bloom),
             run(dense, **dummy),
             run(
                 dense,
@@ -99,14 +101,15 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
         ],
     )
     for outcome, words in zip(
-        outcomes[:4],
+        outcomes[:5],
         [
             "99; this release reads versions 1 and 3: upgrade flash-llm",
             "--skip 'lm_head'",
+            "--skip 'query_key_value'",
             "how many zeros",
             "from 0 up to, not including, 1",
         ],
         strict=True,
     ):
         assert words in outcome["error"]
-    assert all(len(answer) == TOKENS for answer in tokens(outcomes[4]))
+    assert all(len(answer) == TOKENS for answer in tokens(outcomes[5]))

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    StableLmConfig,
+)
 
 from flash_llm.checkpoint import compress_folder
 
@@ -40,7 +48,9 @@ def config(kind: str, width: int = 128) -> PreTrainedConfig:
         return OPTConfig(
             **_COMMON, hidden_size=width, ffn_dim=2 * width + 32, num_attention_heads=heads, word_embed_proj_dim=width
         )
-    made = {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind]
+    if kind == "bloom":
+        return BloomConfig(**_COMMON, hidden_size=width, n_head=heads)
+    made = {"llama": LlamaConfig, "qwen2": Qwen2Config, "stablelm": StableLmConfig}[kind]
     return made(
         **_COMMON,
         hidden_size=width,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.platforms import current_platform
 
@@ -20,6 +20,9 @@ from flash_llm.integrations.vllm import DUMMY_SPARSITY, DUMMY_VALUES
 from flash_llm.integrations.vllm.method import PackedLinearMethod
 from flash_llm.nn import DEFAULT_SKIP
 from flash_llm.tensor import ValueKind, parse_metadata
+
+_MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+_REORDERED = "query_key_value"  # query, key and value in turn for each head, as in BLOOM and GPT-NeoX
 
 
 class FlashLLMConfig(QuantizationConfig):
@@ -90,13 +93,21 @@ class FlashLLMConfig(QuantizationConfig):
             return UnquantizedLinearMethod() if skipped else self._method(prefix, parts)
         if not self.layers.keys() & {prefix, *parts}:
             return UnquantizedLinearMethod()
+        if isinstance(layer, QKVParallelLinear) and prefix.endswith(_REORDERED) and prefix in self.layers:
+            raise CheckpointError(
+                f"{prefix} is packed, but vLLM changes the order of its rows while it loads, which packed ones can't "
+                f"follow; compress the model again with --skip '{_REORDERED}'"
+            )
         return self._method(prefix, parts)
 
     def parts(self, prefix: str) -> list[str]:
         """The layers of the files that a layer of vLLM is made of: query, key and value of a merged one, say."""
         parent, _, name = prefix.rpartition(".")
+        parent += "." if parent else ""
         names = self.packed_modules_mapping.get(name, [name])
-        return [f"{parent}.{part}" if parent else part for part in names]
+        if names == [name] and any(f"{parent}{part}" in (self.layers or ()) for part in _MERGED.get(name, ())):
+            names = _MERGED[name]  # GPT-J and StableLM merge them without saying so
+        return [f"{parent}{part}" for part in names]
 
     def _method(self, prefix: str, parts: list[str]) -> PackedLinearMethod:
         dummy = get_current_vllm_config().load_config.load_format == "dummy"
