@@ -7,9 +7,9 @@ The tools are memcheck, racecheck and synccheck; ``--limit 500`` ends their proc
 ``--logs DIR`` keeps what they print. Without ``--watch`` the cases are run by themselves, and ``--part 2/5`` takes the
 second fifth of them. Ends with 1 if a result is wrong, a tool finds an error, or a process doesn't get to its end.
 
-Products of torch's own library are left out: racecheck ends with an illegal access in one of them. API errors are not
-reported, since the driver's Python bindings ask it for functions that it may not have. Let nothing else run on the GPU
-meanwhile: a tool needs memory of its own.
+Torch's own products are left out; not by their kernels' names, since racecheck ends with an illegal access when it is
+told to leave out a kernel. API errors are not reported, since the driver's Python bindings ask it for functions that it
+may not have. Let nothing else run on the GPU meanwhile: a tool needs memory of its own.
 """
 
 from __future__ import annotations

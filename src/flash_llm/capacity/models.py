@@ -279,8 +279,10 @@ def _size(module: nn.Module) -> tuple[int, int]:
 
 
 def _caches(name: str, model: PreTrainedModel) -> tuple[Cache, ...]:
-    model.config.get_text_config().pad_token_id = None  # else some look for it in the prompt, which has no values
+    config = model.config.get_text_config()
+    padding = config.pad_token_id
     try:
+        config.pad_token_id = None  # else some models look for it in the prompt, which has no values
         with torch.device("meta"), torch.no_grad():
             output: Any = model.__call__(torch.zeros(1, 1, dtype=torch.long), use_cache=True)
         return tuple(_cache(layer) for layer in output.past_key_values.layers)
@@ -289,6 +291,8 @@ def _caches(name: str, model: PreTrainedModel) -> tuple[Cache, ...]:
             f"{name}: {type(model).__name__} has no KV cache of keys and values in every block, so it can't be "
             f"planned ({type(error).__name__}: {error})"
         ) from error
+    finally:
+        config.pad_token_id = padding
 
 
 def _cache(layer: Any) -> Cache:
