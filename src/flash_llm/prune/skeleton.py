@@ -81,8 +81,7 @@ class Skeleton:
     def fused(self, prefix: str) -> dict[str, int]:
         """Weights under the module ``prefix`` that are in no linear layer but in stacks of matrices: merged experts."""
         found = self.model.get_submodule(prefix).named_parameters(prefix=prefix)
-        linears = {f"{name}.weight" for name in self.linears(prefix)}
-        return {name: p.numel() for name, p in found if p.dim() == 3 and name not in linears and min(p.shape) > 1}
+        return {name: p.numel() for name, p in found if p.dim() == 3 and min(p.shape) > 1}
 
     def key(self, name: str) -> str | None:
         """Under which name the source stores a parameter; None if it doesn't."""
