@@ -122,7 +122,7 @@ def test_a_wrong_plan_ends_the_run() -> None:
 
 
 def test_too_many_rows_of_x_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"n 5000: from 4096 .* product is torch's"):
+    with pytest.raises(ValueError, match=r"n 5000: from 2048 .* product is torch's"):
         rows_of(Clock({}), 8, 5000)
 
 

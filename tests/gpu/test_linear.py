@@ -117,7 +117,7 @@ def test_whole_numbers_are_exact(case: Case) -> None:
 
 
 @pytest.mark.parametrize("values", ValueKind, ids=lambda kind: kind.value)
-@pytest.mark.parametrize("n", [8, 16, 32, 64, 128, 192, 256])
+@pytest.mark.parametrize("n", [8, 16, 32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("tile_words", TILE_WORDS)
 def test_every_tile_size(tile_words: int, n: int, values: ValueKind) -> None:
     """Also those that wouldn't be chosen: 47 words are whole tiles of none but 1. 8-bit values: as they are."""

@@ -62,7 +62,7 @@ def split_x(tile_words: int, bf16: bool, values: ValueKind) -> Configuration:
 
 
 QUICK = [
-    *(spmm("sm_90a", tile_words, n) for tile_words, n in product((1, 3, 5, 7, 10, 16), (8, 64, 128, 256))),
+    *(spmm("sm_90a", tile_words, n) for tile_words, n in product((1, 3, 5, 7, 10, 16), (8, 64, 96, 128, 256))),
     *(spmm("sm_90a", tile_words, n, bf16=True) for tile_words, n in ((6, 16), (8, 32))),
     *(spmm("sm_90a", *rest, rows=SMALL, columns=SMALL) for rest in product((2, 6, 12), (8, 16, 32))),
     *(spmm("sm_80", tile_words, n) for tile_words, n in product((1, 5, 16), (8, 64))),
@@ -146,7 +146,7 @@ def test_every_kernel_compiles_and_nothing_spills(arch: str) -> None:
     every += [split_x(tile_words, *kind) for tile_words, kind in product(TILE_WORDS, KINDS) if arch == "sm_90a"]
     every += [
         spmm(arch, tile_words, n, bf16, size, size, values)
-        for tile_words, n, bf16, values in product(TILE_WORDS, (8, 16, 32, 64, 128, 192, 256), (False, True), ValueKind)
+        for tile_words, n, bf16, values in product(TILE_WORDS, (8, 16, 32, 64, 96, 128, 192, 256), (False, True), ValueKind)
         for size in (LARGE, SMALL)
     ]
     with ProcessPoolExecutor(os.cpu_count() or 2, mp_context=get_context("spawn")) as processes:

@@ -90,6 +90,11 @@ DEVICE void wgmma(float (&d)[8][4], const uint32_t* a, uint64_t b, int add) {
                "{%32, %33, %34, %35}, %36, add, 1, 1, 0;}"
                : SUM16(0), SUM16(4) : A_REGISTERS, "l"(b), "r"(add));
 }
+DEVICE void wgmma(float (&d)[12][4], const uint32_t* a, uint64_t b, int add) {
+  asm volatile(WGMMA_TEXT(96, %53) "{" OUT20(, 1) OUT20(2, 3) "%40, %41, %42, %43, %44, %45, %46, %47}, "
+               "{%48, %49, %50, %51}, %52, add, 1, 1, 0;}"
+               : SUM16(0), SUM16(4), SUM16(8) : A_REGISTERS, "l"(b), "r"(add));
+}
 DEVICE void wgmma(float (&d)[16][4], const uint32_t* a, uint64_t b, int add) {
   asm volatile(WGMMA_TEXT(128, %69) "{" OUT60 "%60, %61, %62, %63}, "
                "{%64, %65, %66, %67}, %68, add, 1, 1, 0;}"
