@@ -23,6 +23,7 @@ Configuration = tuple[str, tuple[tuple[str, int], ...], str]
 NAMES = {"sm_80": "A100", "sm_86": "A10", "sm_89": "L40S", "sm_90a": "H100", "sm_100a": "B200", "sm_120a": "RTX 5090"}
 DEVICES = {arch: devices.DEVICES[name] for arch, name in NAMES.items()}
 LARGE, SMALL = 14336, 4096
+ROWS_OF_X = (8, 16, 32, 64, 96, 128, 192, 256)
 KINDS = [*product((False, True), (ValueKind.E4M3, ValueKind.INT8))]  # bf16 or not, and how values of 8 bits are stored
 
 
@@ -146,7 +147,7 @@ def test_every_kernel_compiles_and_nothing_spills(arch: str) -> None:
     every += [split_x(tile_words, *kind) for tile_words, kind in product(TILE_WORDS, KINDS) if arch == "sm_90a"]
     every += [
         spmm(arch, tile_words, n, bf16, size, size, values)
-        for tile_words, n, bf16, values in product(TILE_WORDS, (8, 16, 32, 64, 96, 128, 192, 256), (False, True), ValueKind)
+        for tile_words, n, bf16, values in product(TILE_WORDS, ROWS_OF_X, (False, True), ValueKind)
         for size in (LARGE, SMALL)
     ]
     with ProcessPoolExecutor(os.cpu_count() or 2, mp_context=get_context("spawn")) as processes:

@@ -59,7 +59,10 @@ def generate(scratch: Path, runs: list[dict[str, Any]], timeout: float = 300, **
         command, env=environment(scratch, **more), capture_output=True, text=True, timeout=timeout, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    if any("error" in outcome for outcome in outcomes):
+        print(done.stdout[-20_000:], done.stderr[-20_000:], sep="\n")  # a worker's own error is only here
+    return outcomes
 
 
 def _run(run: dict[str, Any]) -> Any:
