@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flash_llm.bench import e2e, e2e_report, e2e_worker
+from flash_llm.bench import e2e, e2e_inside, e2e_report, e2e_worker
 from flash_llm.bench.e2e import Settings, engine_options, measure, model_config
 
 
@@ -111,7 +111,7 @@ def test_max_is_the_largest_batch_that_fits() -> None:
     ],
 )
 def test_kernels_are_told_apart_by_their_names(name: str, kind: str) -> None:
-    assert e2e_worker.kernel_kind(name) == kind
+    assert e2e_inside.kernel_kind(name) == kind
 
 
 def fake_run(lines: dict[str, list[dict[str, Any]]], why: dict[str, str]) -> Callable[..., str | None]:
@@ -171,9 +171,20 @@ def test_a_process_is_ended_at_the_time_limit_and_keeps_its_rows(
     assert taken == [{"kind": "results", "batch": 8, "load_s": None, "load_gigabytes_a_second": None}]
 
 
-def test_a_process_that_fails_gives_its_last_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "script",
+    [
+        "print('loading'); raise ValueError('no memory for the KV cache')",
+        """print('loading')
+print('(EngineCore pid=7) ERROR 11-26 22:50:29 [core.py:1510] ValueError: no memory for the KV cache')
+raise RuntimeError('Engine core initialization failed. See root cause above.')""",
+    ],
+    ids=["of its own", "of another process"],
+)
+def test_a_process_that_fails_gives_its_last_error(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = e2e.subprocess.Popen
-    script = "print('loading'); raise ValueError('no memory for the KV cache')"
     monkeypatch.setattr(e2e.subprocess, "Popen", lambda command, **o: real([command[0], "-c", script], **o))
     why = e2e.run_worker(settings(), "0.8", tmp_path, tmp_path, math.inf, lambda line: None)
     assert why == "ValueError: no memory for the KV cache"

@@ -244,7 +244,7 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
-def test_a_weight_on_the_second_gpu() -> None:
+def test_two_gpus_in_one_process() -> None:
     dense = sparse(300, 400, 0.7)
     x = torch.randn(9, 400).half()
     weight = PackedWeight.from_dense(dense)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from vllm_models import CPU_BUILD, PROMPTS, compressed_folder, dense_folder, greedy
-from vllm_process import generate
+from vllm_process import environment, generate
 
 pytestmark = CPU_BUILD
 
@@ -64,6 +66,31 @@ def test_two_ranks_share_a_compressed_model(values: str, tmp_path: Path) -> None
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
     )
     assert tokens(outcome) == greedy(small, PROMPTS, TOKENS)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_benchmark_asks_an_engine_in_a_process_of_its_own(ranks: int, tmp_path: Path) -> None:
+    """As ``vllm serve`` runs it: what is asked of the workers has to reach them."""
+    dense = dense_folder(tmp_path / "dense", "llama", dtype=torch.bfloat16)
+    small = compressed_folder(tmp_path / "small", dense)
+    what = ["--model", str(dense), "--weights", str(small), "--gpus", str(ranks), "--out", str(tmp_path / "out")]
+    lengths = ["--batch", "2", "--input-len", "8", "--output-len", "8", "--dtype", "bfloat16", "--eager"]
+    done = subprocess.run(
+        [sys.executable, "-m", "flash_llm", "bench", "e2e", *what, *lengths],
+        env=environment(tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="|".join("01"[:ranks])),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out" / "e2e.json").read_text())
+    assert report["not_measured"] == []
+    (row,) = report["results"]
+    assert report["environment"]["engine_process"] == "own"
+    assert row["gpus"] == ranks
+    assert row["tokens_per_gpu_second"] == pytest.approx(row["tokens_per_second"] / ranks)
+    assert row["weight_bytes"] > 0
 
 
 def edit(folder: Path, **changes: Any) -> None:

@@ -64,6 +64,9 @@ _INT4 = {  # what vLLM runs with its Machete kernel on Hopper: groups of 128 wei
 }
 _POLL_S = 1.0
 _GRACE_S = 15.0
+_LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*(ERROR [\d-]+ [\d:]+ \[[^\]]*\])?")  # of a process of the engine
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+"""Of the process that is measured, unless the caller's own says otherwise. The last: functions are sent to workers."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ def run_worker(
             [sys.executable, "-m", "flash_llm.bench.e2e_worker", str(task)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=_environment(settings),
+            env={**_ENVIRONMENT, **os.environ},
             start_new_session=True,
         )
         try:
@@ -296,12 +299,6 @@ def loading(log: Path, folder: Path | None) -> dict[str, float | None]:
     if seconds and folder is not None:
         rate = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / seconds * 1e-9
     return {"load_s": seconds, "load_gigabytes_a_second": rate}
-
-
-def _environment(settings: Settings) -> dict[str, str]:
-    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    single = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if settings.gpus == 1 else {}
-    return {**quiet, **single, **os.environ}
 
 
 def _watch(process: subprocess.Popen[bytes], end: float, new: Any, take: Callable[[Row], None]) -> bool:
@@ -336,8 +333,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_error(log: Path) -> str:
-    """The last line of a log that looks like an error's."""
+    """The last line of a log that looks like an error's, and doesn't only say that another process has told more."""
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     telling = [line for line in lines if "Error" in line or "error:" in line.lower()]
-    found = (telling or lines or ["it ended without a word"])[-1]
+    causes = [line for line in telling if "root cause above" not in line]
+    found = _LOG_PREFIX.sub("", (causes or telling or lines or ["it ended without a word"])[-1])
     return " ".join(found.split())[-400:]

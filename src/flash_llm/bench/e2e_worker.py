@@ -15,7 +15,7 @@ Appends lines of JSON to a file, each with its ``kind``: "environment", "results
 from __future__ import annotations
 
 import json
-import re
+import os
 import statistics
 import sys
 import time
@@ -27,13 +27,10 @@ from typing import Any
 import torch
 
 from flash_llm import __version__
+from flash_llm.bench import e2e_inside
 from flash_llm.bench.e2e import LARGEST, sparsity
 
-KINDS = (  # of kernels: the first pattern that is found in the name decides
-    ("communication", r"nccl|all_?reduce|cross_device_reduce|all_?gather|multimem"),
-    ("attention", r"flash|attn|attention|fmha|reshape_and_cache"),
-    ("linear", r"\bspmm|\bunpack|\bsplit_x|gemm|gemv|cutlass|nvjet|machete|marlin|cublas|splitk|xmma|scaled_mm"),
-)
+_OWN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 _FIRST_TOKEN_RUNS = 3
 _PROFILED_TOKENS = 17
 _VOCABULARY = 30000  # no model here has fewer
@@ -49,9 +46,9 @@ def main(task_path: str) -> None:
     begin = time.perf_counter()
     llm = _engine(task)
     start = {"start_s": time.perf_counter() - begin}
-    say("environment", environment())
+    say("environment", environment(llm))
     tokens = int(llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens or 0)
-    memory = {"weight_bytes": max(llm.apply_model(weight_bytes)), "kv_cache_tokens": tokens}
+    memory = {"weight_bytes": max(llm.apply_model(e2e_inside.weight_bytes)), "kv_cache_tokens": tokens}
     vocabulary = min(_VOCABULARY, llm.llm_engine.vllm_config.model_config.get_vocab_size())
 
     def seconds(batch: int, input_len: int, output_len: int) -> float:
@@ -97,9 +94,10 @@ def _engine(task: dict[str, Any]) -> Any:
     from flash_llm.integrations.vllm import register
 
     register()
-    plugged = any("flash_llm" in point.value for point in entry_points(group="vllm.general_plugins"))
-    if task["gpus"] > 1 and not plugged:
-        raise RuntimeError("vLLM's workers find flash_llm only if it is installed: pip install --no-deps PROJECT")
+    if not any("flash_llm" in point.value for point in entry_points(group="vllm.general_plugins")):
+        if task["gpus"] > 1:
+            raise RuntimeError("vLLM's workers find flash_llm only if it is installed: pip install --no-deps PROJECT")
+        os.environ.setdefault(_OWN_PROCESS, "0")  # the plugin is known to this process alone
     from vllm import LLM
 
     return LLM(**task["engine"])
@@ -119,22 +117,28 @@ def _generate(llm: Any, batch: int, input_len: int, output_len: int, vocabulary:
     return time.perf_counter() - begin
 
 
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.numel()}
-    return sum(tensors.values())
+def environment(llm: Any) -> dict[str, Any]:
+    """The GPU, the versions, and how the engine runs: figures depend on them.
 
-
-def environment() -> dict[str, Any]:
-    """The GPU and the versions that figures depend on."""
+    ``engine_process`` is "own" where the scheduler and the model have a process beside the one that takes requests, as
+    with ``vllm serve``. Both are quicker so, and ``async_scheduling`` prepares a step while the one before runs.
+    """
     import vllm
+    from vllm import envs
+    from vllm.platforms import current_platform
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    own = bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)
+    scheduling = bool(llm.llm_engine.vllm_config.scheduler_config.async_scheduling)
+    gpu = (
+        current_platform.get_device_name() if current_platform.is_cuda() else None
+    )  # without a CUDA context of its own
     versions = {"vllm": vllm.__version__, "torch": torch.__version__, "cuda": torch.version.cuda}
     return {
         "gpu": gpu,
         **versions,
         "flash_llm": __version__,
+        "engine_process": "own" if own else "shared",
+        "async_scheduling": scheduling,
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
 
@@ -146,38 +150,13 @@ def _breakdown(llm: Any, seconds: Callable[[int, int, int], float], batch: int, 
     """Microseconds of a decode step by kind of kernel, on the first GPU: a run of many tokens less one of one token."""
 
     def kernels(output_len: int) -> dict[str, float]:
-        llm.collective_rpc(start_profile)
+        llm.collective_rpc(e2e_inside.start_profile)
         seconds(batch, input_len, output_len)
-        return llm.collective_rpc(stop_profile)[0]
+        return llm.collective_rpc(e2e_inside.stop_profile)[0]
 
     long, short = kernels(_PROFILED_TOKENS), kernels(1)
     steps = _PROFILED_TOKENS - 1
     return {kind: max(0.0, (us - short.get(kind, 0.0)) / steps) for kind, us in long.items()}
-
-
-def start_profile(worker: Any) -> None:
-    """Runs in each worker."""
-    from torch.profiler import ProfilerActivity, profile
-
-    worker.flash_llm_profile = profile(activities=[ProfilerActivity.CUDA])
-    worker.flash_llm_profile.start()
-
-
-def stop_profile(worker: Any) -> dict[str, float]:
-    """Runs in each worker: microseconds by kind of kernel."""
-    torch.cuda.synchronize()
-    worker.flash_llm_profile.stop()
-    total: dict[str, float] = {}
-    for event in worker.flash_llm_profile.key_averages():
-        us = event.self_device_time_total
-        if us:
-            total[kernel_kind(event.key)] = total.get(kernel_kind(event.key), 0.0) + us
-    return total
-
-
-def kernel_kind(name: str) -> str:
-    """What a kernel is for, by its name: "linear", "attention", "communication" or "other"."""
-    return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
 if __name__ == "__main__":
