@@ -66,6 +66,15 @@ def test_a_model_may_ask_for_its_layers_weights(tmp_path: Path) -> None:
     assert torch.equal(logits(packed), logits(load(dense)))
 
 
+def test_a_linear_layer_of_a_models_own_kind(tmp_path: Path) -> None:
+    """Falcon's differ from ``nn.Linear`` in rounding alone, and are packed; others aren't, since they do more."""
+    dense = pruned_folder(tmp_path / "dense", "falcon", dtype=torch.float16)
+    assert compress_folder(dense, tmp_path / "packed").skipped == {}
+    packed = load(tmp_path / "packed")
+    assert "transformer.h.0.mlp.dense_h_to_4h" in sparse_layers(packed)
+    torch.testing.assert_close(logits(packed), logits(load(dense)), rtol=1e-2, atol=1e-2)
+
+
 def test_generate(folders: tuple[Path, Path]) -> None:
     dense, packed = (load(folder, dtype=torch.float32) for folder in folders)
     prompt = torch.tensor([[5, 6, 7]])

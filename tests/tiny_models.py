@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     GPT2Config,
     GPTBigCodeConfig,
     GPTNeoXConfig,
@@ -36,6 +37,9 @@ CONFIGS = {
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
 ODD_CONFIGS = {
     "gpt2": lambda: GPT2Config(**_GPT2),  # its layers are no nn.Linear
+    "falcon": lambda: FalconConfig(  # its layers are a kind of nn.Linear of its own
+        **_COMMON, hidden_size=64, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True
+    ),
     "gpt_bigcode": lambda: GPTBigCodeConfig(**_GPT2),  # initialises its layers' weights by name
 }
 

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,10 @@ def _as_before(moved: Tensor, before: Tensor) -> Tensor:
     return moved if moved.dtype == before.dtype else before.to(moved.device)
 
 
+_SAME_PRODUCT = ("FalconLinear",)
+"""Classes whose forward differs from ``nn.Linear``'s in rounding alone."""
+
+
 @dataclass
 class CompressReport:
     """What :func:`compress` did: layers' names, and why others stayed dense."""
@@ -164,7 +168,7 @@ def compress(
     patterns, kind = [re.compile(pattern) for pattern in skip], ValueKind(values)
     report = CompressReport()
     # Names and dtypes, no modules: so each dense weight's memory is free once it is replaced.
-    linears = {name: module.weight.dtype for name, module in model.named_modules() if type(module) is nn.Linear}
+    linears = {name: module.weight.dtype for name, module in model.named_modules() if is_plain(module)}
     if not linears:
         raise ValueError(f"{type(model).__name__} has no linear layers to compress")
     if isinstance(model, nn.Linear):
@@ -183,6 +187,16 @@ def compress(
     for name in report.packed:
         replace_module(model, name, SparseLinear.from_linear(cast(nn.Linear, model.get_submodule(name)), kind))
     return report
+
+
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear layer and no more, so that :class:`SparseLinear` can take its place.
+
+    Subclasses are if they have ``nn.Linear``'s own product, and so is Falcon's, which spells it out.
+    """
+    if not isinstance(module, nn.Linear):
+        return False
+    return type(module).forward is nn.Linear.forward or type(module).__name__ in _SAME_PRODUCT
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

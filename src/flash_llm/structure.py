@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from flash_llm.errors import CheckpointError
-from flash_llm.nn import BUFFERS
+from flash_llm.nn import BUFFERS, is_plain
 from flash_llm.tensor.layout import VALUE_DTYPES
 
 
@@ -113,7 +113,7 @@ def find_linears(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
         expected = (linear.out_features, linear.in_features)
         if shapes[tensor] != expected:
             raise CheckpointError(f"{tensor} is {list(shapes[tensor])}, but config.json makes it {list(expected)}")
-        if type(linear) is not nn.Linear:
+        if not is_plain(linear):
             found.other[layer] = f"it is a special linear layer, {type(linear).__name__}"
         elif target in tied:
             found.other[layer] = "its weight is shared with another layer"

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from flash_llm.errors import CheckpointError
 from flash_llm.folder import CONFIG, read_json
+from flash_llm.nn import is_plain
 from flash_llm.structure import meta_model
 
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -254,7 +255,7 @@ def _linears(model: PreTrainedModel, head: nn.Module) -> tuple[Linear, ...]:
         children = {key: child for key, child in module.named_children() if _is_linear(child) and child is not head}
         for group in _groups(children):
             sizes = [_size(child) for child in group]
-            key = (tuple(rows for rows, _ in sizes), sizes[0][1], all(type(child) is nn.Linear for child in group))
+            key = (tuple(rows for rows, _ in sizes), sizes[0][1], all(is_plain(child) for child in group))
             counts[key] = counts.get(key, 0) + 1
     return tuple(Linear(rows, columns, count, packable) for (rows, columns, packable), count in counts.items())
 

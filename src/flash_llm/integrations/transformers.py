@@ -35,7 +35,16 @@ from flash_llm.checkpoint import (
 )
 from flash_llm.errors import CheckpointError
 from flash_llm.folder import CONFIG, TensorFiles, config_digest
-from flash_llm.nn import BUFFERS, DEFAULT_SKIP, SparseLinear, compress, expand_on_cpu, replace_module, sparse_layers
+from flash_llm.nn import (
+    BUFFERS,
+    DEFAULT_SKIP,
+    SparseLinear,
+    compress,
+    expand_on_cpu,
+    is_plain,
+    replace_module,
+    sparse_layers,
+)
 from flash_llm.tensor import PackedWeight, ValueKind
 from flash_llm.tensor.layout import VALUE_DTYPES
 
@@ -141,7 +150,7 @@ class FlashLLMQuantizer(HfQuantizer):
                 raise CheckpointError(f"{type(model).__name__} has no linear layer for the packed {layer}")
             return  # a part of the model is being loaded, AutoModel say, and this layer is not in it
         linear = model.get_submodule(name)
-        if type(linear) is not nn.Linear or [linear.out_features, linear.in_features] != list(metadata["shape"]):
+        if not is_plain(linear) or [linear.out_features, linear.in_features] != list(metadata["shape"]):
             raise CheckpointError(
                 f"the packed {layer} is {metadata['shape']}, but {name} of {type(model).__name__} is {linear}"
             )
