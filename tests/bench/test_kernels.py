@@ -30,8 +30,9 @@ class CountingMeter:
 
     device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, clocks: bool = False) -> None:
         self.launches: list[int] = []
+        self.state: dict[str, float] = {}
 
     def read_bandwidth(self) -> float:
         return BANDWIDTH
@@ -40,6 +41,7 @@ class CountingMeter:
         for i in range(launches):
             run(i)
         self.launches.append(launches)
+        self.state = {"sm_mhz": 2000.0 - len(self.launches), "watts": 600.0}
         return (30.0, 20.0)[len(self.launches) - 1] if len(self.launches) <= 2 else 10.0
 
     def queued(self, run: Callable[[int], object], launches: int) -> float:
@@ -73,6 +75,7 @@ def test_a_row_holds_what_was_measured() -> None:
     assert (row["rows"], row["columns"], row["sparsity"], row["n"], row["dtype"]) == (48, 64, 0.5, 4, "float16")
     assert (row["us"], row["dense_us"], row["dense_linear_us"], row["dense_mm_us"]) == (10.0, 20.0, 30.0, 20.0)
     assert row["speedup"] == 2.0
+    assert (row["sm_mhz"], row["dense_sm_mhz"], row["watts"]) == (1997.0, 1998.0, 600.0), "while each was timed"
     packed_bytes = row["bytes_an_element"] * 48 * 64
     assert row["bytes_moved"] == pytest.approx(packed_bytes + 2 * 4 * (48 + 64))
     assert row["gigabytes_a_second"] == pytest.approx(row["bytes_moved"] / 10e-6 * 1e-9)

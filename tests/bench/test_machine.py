@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ class MadeUpMeter:
     """Every launch takes 2 us."""
 
     device = torch.device("cpu")
+    state: ClassVar[dict[str, float]] = {}
 
     def read_bandwidth(self) -> float:
         return 3e12

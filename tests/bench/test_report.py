@@ -257,7 +257,7 @@ def test_a_plot_needs_a_folder_and_matplotlib(
 def test_an_earlier_run_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flash_llm.bench import timing
 
-    monkeypatch.setattr(timing, "CudaMeter", object)
+    monkeypatch.setattr(timing, "CudaMeter", lambda clocks: object())
     (tmp_path / "kernels.json").write_text("{}")
     result = run("kernels", "--out", tmp_path)
     assert result.exit_code == 1

@@ -110,7 +110,7 @@ def kernels(
     n = ",".join(map(str, N_SWEEP)) if n_sweep else n or NS
     settings = _settings(shapes, sparsity, n, dtype.value, values.value, peers, check, time_limit, kernel)
     _check_plot(plot, out)
-    meter = CudaMeter()
+    meter = CudaMeter(clocks=True)
     if out is not None:
         make_free(out, FILES)
     measured = _measure(settings, meter, out)

@@ -200,8 +200,11 @@ def _dense(run: _Run, shape: Shape, xs: dict[int, Tensor], generator: torch.Gene
 
     def times(x: Tensor) -> Row:
         linear = run.meter.graph(lambda i: torch.nn.functional.linear(x, weights[i % len(weights)]), launches)
+        state = run.meter.state
         mm = run.meter.graph(lambda i: torch.mm(weights[i % len(weights)], x.t()), launches)
-        return {"dense_us": min(linear, mm), "dense_linear_us": linear, "dense_mm_us": mm}
+        state = state if linear < mm else run.meter.state
+        times = {"dense_us": min(linear, mm), "dense_linear_us": linear, "dense_mm_us": mm}
+        return times | {f"dense_{name}": value for name, value in state.items()}
 
     return {n: times(x) for n, x in xs.items()}
 
@@ -244,6 +247,7 @@ def _sparse(run: _Run, weights: list[PackedWeight], x: Tensor, dense: Row, weigh
     moved = packed.nbytes + x.element_size() * n * (rows + columns)
     return {
         "us": us,
+        **run.meter.state,
         **dense,
         "speedup": dense["dense_us"] / us,
         "bytes_moved": moved,

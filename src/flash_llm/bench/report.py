@@ -100,6 +100,11 @@ def remarks(report: Report) -> list[str]:
     errors = [row["relative_error"] for row in report["results"] if row.get("relative_error") is not None]
     if errors:
         lines.append(f"Relative error against float32: {max(errors):.1e} at most.")
+    if watched := [row for row in report["results"] if "sm_mhz" in row]:
+        slowest, fastest = (choose(row["sm_mhz"] for row in watched) for choose in (min, max))
+        watts = max(row["watts"] for row in watched)
+        clock = f"the clock was {slowest:.0f} to {fastest:.0f} MHz"
+        lines.append(f"During the sparse products {clock}, and power {watts:.0f} W at most.")
     for peer, reasons in _refusals(report["results"]).items():
         lines.append(f"{PEER_TITLES.get(peer, peer)} refused {len(reasons)} of {len(report['results'])}: {reasons[0]}")
     for case in report.get("not_measured", []):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import statistics
 from collections.abc import Callable
+from datetime import datetime
 from typing import Protocol
 
 import torch
 
+from flash_llm.bench.clocks import Clocks
 from flash_llm.errors import KernelError
 
 ROTATED_BYTES = 400_000_000
@@ -35,6 +38,8 @@ class Meter(Protocol):
     """How a benchmark asks for time: :class:`CudaMeter`, or what a test puts in its place."""
 
     device: torch.device
+    state: dict[str, float]
+    """``sm_mhz`` and ``watts`` of the device during the last graph, where known: see ``bench.clocks``."""
 
     def read_bandwidth(self) -> float:
         """Bytes a second that the device reads from its memory."""
@@ -53,18 +58,25 @@ class Meter(Protocol):
 class CudaMeter:
     """Measures on torch's current CUDA device.
 
+    Args:
+        clocks: also sample its clock and power.
+
     Raises:
         KernelError: there is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clocks: bool = False) -> None:
         if not torch.cuda.is_available():
             raise KernelError(
                 "kernels are measured on a CUDA GPU, and torch finds none here; "
                 "run this where `flash-llm env` lists one"
             )
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.state: dict[str, float] = {}
         self._head_start: torch.Tensor | None = None
+        self._clocks = Clocks(self.device) if clocks else None
+        if self._clocks is not None:
+            atexit.register(self._clocks.close)
 
     def read_bandwidth(self) -> float:
         """Bytes a second, as ``READ_BANDWIDTH_HOW`` says."""
@@ -81,7 +93,9 @@ class CudaMeter:
         if count < launches:
             graph.reset()
             graph = _captured(run, count)
+        begin = datetime.now()
         times = [_elapsed(graph.replay) for _ in range(_WARM_UPS + replays)]
+        self.state = self._clocks.between(begin, datetime.now()) if self._clocks is not None else {}
         return statistics.median(times[_WARM_UPS:]) / count * 1e3
 
     def queued(self, run: Callable[[int], object], launches: int) -> float:
