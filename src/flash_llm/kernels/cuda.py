@@ -113,9 +113,9 @@ def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, chose
     )
     kernel = launch.get(chosen.source, "spmm", chosen.defines, launch.architecture(device))
     argument: ctypes.Structure = params
-    if chosen.source == "spmm_sm90.cu":
-        argument = _HopperParams(_x_map(split, defines["N_BLOCKS"] * 8 * (1 + defines["X8"])), params)
-    kernel.launch(argument, chosen.blocks, chosen.threads, chosen.shared, device, overlap=True)
+    if chosen.source.startswith("spmm_sm90"):
+        argument = _HopperParams(_x_map(split, chosen.x_box_rows), params)
+    kernel.launch(argument, chosen.blocks * chosen.cluster, chosen.threads, chosen.shared, device, overlap=True)
 
 
 def _split(x: Tensor, weight: PackedWeight, rows_at_once: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,13 @@ _REGISTERS = 65536  # of a multiprocessor, on all of these architectures
 _STATIC_BYTES = 128
 _RESERVED = 1024  # of each block, by CUDA itself
 _RING_EXTRA = 1024 + 128  # aligned by 1024, and its barriers
-_WIDE_ADDRESSES = 22  # registers
+_WIDE_ADDRESSES = 14  # registers
+_CLUSTER = 2  # blocks that share what they fetch of x, from 65 rows of x on
+_WIDE_OTHERS = 32  # registers of a multiplying thread besides its sums
+_WIDE_FETCH_REGISTERS = 32
+_WIDE_EXTRA = 1024 + 512  # aligned by 1024, and barriers
+_WIDE_STAGES = ((2, 2), (3, 2), (3, 3), (4, 3), (4, 4), (5, 4), (6, 4))  # of x and of decoded words
+_A_STRIP = STRIP_ROWS * WORD_COLUMNS * 2  # bytes of a warp's decoded word
 _RING_BYTES = {1: 48 << 10, 2: 12 << 10, 3: 12 << 10}  # for pieces of X on Hopper, by blocks a multiprocessor
 _WIDE_WARPS = 8  # a block's multiplying warps from 65 rows of x on: two warpgroups, as registers allow
 _WIDE_PRODUCTS, _WIDE_DECODE = 32, 290  # cycles of a word for a block: for each block of 8 rows of x, and besides
@@ -53,6 +59,9 @@ class SpmmPlan:
     source: str
     defines: tuple[tuple[str, int], ...]
     blocks: int
+    """that share out the work: clusters, where blocks work together"""
+    cluster: int
+    """blocks that work as one"""
     threads: int
     shared: int
     units: int
@@ -69,6 +78,12 @@ class SpmmPlan:
     def share(self) -> int:
         """Units of the blocks between the first and the late ones."""
         return (self.units - self.larger + self.blocks - self.late) // self.blocks
+
+    @functools.cached_property
+    def x_box_rows(self) -> int:
+        """Rows of x that the copy engine fetches at a time."""
+        defines = dict(self.defines)
+        return defines["N_BLOCKS"] * 8 * (1 + defines.get("X8", 0)) // self.cluster
 
     @functools.cached_property
     def splits_x(self) -> bool:
@@ -116,7 +131,7 @@ def spmm_plan(
     units = jobs * tiles
     blocks = min(device.multiprocessors * block.resident, units)
     if block.wide:
-        blocks, _ = _wide_shares(jobs, blocks, words, block.n_blocks)
+        blocks, _ = _wide_shares(jobs, min(device.multiprocessors // _CLUSTER, units), words, block.n_blocks)
     larger, late = _uneven_shares(units, blocks)
     defines = {
         "TILE_WORDS": tile_words,
@@ -127,11 +142,12 @@ def spmm_plan(
         **_packets_ahead(block, packets // (strips * tiles * LANES), max_packets, tile_words, values),
     }
     return SpmmPlan(
-        source="spmm_sm90.cu" if block.hopper else "spmm_sm80.cu",
+        source=block.source,
         defines=tuple(sorted(defines.items())),
         blocks=blocks,
-        threads=(block.warps + (FETCH_WARPS if block.hopper else 0)) * LANES,
-        shared=block.ring + block.warps * column_bytes,
+        cluster=_CLUSTER if block.wide else 1,
+        threads=block.threads,
+        shared=block.ring + (_WIDE_WARPS if block.wide else block.warps) * column_bytes,
         units=units,
         larger=larger,
         late=late,
@@ -153,6 +169,8 @@ class _Block:
     resident: int
     chunk_words: int
     stages: int
+    a_stages: int
+    """places for decoded words, from 65 rows of x on"""
     ring: int
     """bytes of shared memory for pieces of X and what belongs to them"""
 
@@ -166,11 +184,27 @@ class _Block:
         """Of a multiplying thread, on Hopper."""
         return multiplying_registers(self.warps, self.resident)
 
+    @property
+    def threads(self) -> int:
+        """That a block is launched with."""
+        if self.wide:
+            return (2 * self.warps // _CLUSTER + FETCH_WARPS) * LANES
+        return (self.warps + (FETCH_WARPS if self.hopper else 0)) * LANES
+
+    @property
+    def source(self) -> str:
+        """The kernel's file."""
+        return "spmm_sm90_wide.cu" if self.wide else "spmm_sm90.cu" if self.hopper else "spmm_sm80.cu"
+
     def defines(self, tile_words: int) -> dict[str, int]:
         """What the kernel is compiled with, of this."""
         found = {"N_BLOCKS": self.n_blocks, "CHUNK_WORDS": self.chunk_words, "WARPS": self.warps}
         if not self.hopper:
             return found
+        if self.wide:
+            multiply, decode = wide_registers(self.warps // _CLUSTER, self.n_blocks)
+            found |= {"CLUSTER": _CLUSTER, "STAGES": self.stages, "A_STAGES": self.a_stages, "FETCH_REGISTERS": _WIDE_FETCH_REGISTERS}
+            return found | {"MULTIPLY_REGISTERS": multiply, "DECODE_REGISTERS": decode}
         found |= {"STAGES": self.stages, "WGMMA": int(self.n_blocks >= 4 and not self.x8), "RESIDENT": self.resident}
         found |= {"REGISTERS": self.registers, "FETCH_REGISTERS": _FETCH_REGISTERS}
         found |= {"X8": int(self.x8), "GROUP": _x8_group(tile_words, self.n_blocks) if self.x8 else 1}
@@ -205,9 +239,10 @@ def _block(
         else:
             warps, resident = _small_blocks(device, rows, columns, tile_words, n_blocks)
     resident = resident or 1
+    a_stages = 0
     if wide:
-        warps = warps or _WIDE_WARPS
-        stages = _wide_stages(device, stage, warps * column_bytes)
+        warps = _CLUSTER * _WIDE_WARPS
+        stages, a_stages = _wide_stages(device, n_blocks, _WIDE_WARPS, column_bytes)
     elif hopper:
         ring_bytes = _RING_BYTES[resident]
         if x8 and warps is not None and resident == 1:
@@ -217,10 +252,12 @@ def _block(
     else:
         stages = 2
     ring = stages * stage + (_RING_EXTRA if hopper else 0)
+    if wide and warps is not None:
+        ring = stages * stage + a_stages * _WIDE_WARPS * _A_STRIP + _WIDE_EXTRA
     if warps is None:
         fitting = (device.shared_memory - _STATIC_BYTES - ring) // column_bytes
         warps = max(4, min(_best_warps(hopper, n_blocks, tile_words), fitting // 4 * 4))
-    return _Block(hopper, x8, n_blocks, warps, resident, chunk_words, stages, ring)
+    return _Block(hopper, x8, n_blocks, warps, resident, chunk_words, stages, a_stages, ring)
 
 
 def _packets_ahead(block: _Block, mean: int, max_packets: int, tile_words: int, values: ValueKind) -> dict[str, int]:
@@ -231,7 +268,7 @@ def _packets_ahead(block: _Block, mean: int, max_packets: int, tile_words: int, 
     """
     held = 10 if block.warps > 12 else max_packets  # that many warps have registers for no more
     if block.wide:
-        held = _wide_held(block.registers, block.n_blocks, tile_words)
+        held = _wide_held(block.warps // _CLUSTER, block.n_blocks, tile_words)
     ahead = max(1, min(max_packets, mean + 3, held))
     full = mean - (2 if values is ValueKind.BITS16 else 1)
     return {"PACKETS_AHEAD": ahead, "LIKELY_FULL": max(1, min(full, ahead))}
@@ -320,15 +357,15 @@ def _n_blocks(device: Device, rows: int, columns: int, n: int, column_bytes: int
         return narrow
 
     def cycles(blocks: int) -> float:
-        jobs = ceil_div(rows, STRIP_ROWS * _WIDE_WARPS) * ceil_div(n, 8 * blocks)
-        _, words = _wide_shares(jobs, device.multiprocessors, ceil_div(columns, WORD_COLUMNS), blocks)
+        jobs = ceil_div(rows, STRIP_ROWS * _CLUSTER * _WIDE_WARPS) * ceil_div(n, 8 * blocks)
+        _, words = _wide_shares(jobs, device.multiprocessors // _CLUSTER, ceil_div(columns, WORD_COLUMNS), blocks)
         return words * (_WIDE_PRODUCTS * blocks + _WIDE_DECODE)
 
     wide = [
         blocks
         for blocks in (32, 24, 16)
-        if _wide_stages(device, blocks * 8 * WORD_COLUMNS * 2, _WIDE_WARPS * column_bytes) >= _LEAST_STAGES
-        and _wide_held(multiplying_registers(_WIDE_WARPS, 1), blocks, tile_words) > 0
+        if min(_wide_stages(device, blocks, _WIDE_WARPS, column_bytes)) >= 2
+        and _wide_held(_WIDE_WARPS, blocks, tile_words) > 0
     ]
     return min(wide, key=cycles, default=narrow)
 
@@ -362,14 +399,27 @@ def _uneven_shares(units: int, blocks: int) -> tuple[int, int]:
     return larger, blocks
 
 
-def _wide_held(registers: int, n_blocks: int, tile_words: int) -> int:
-    """Packets that a thread holds ahead, after sums, two words' A registers, two tiles' bitmaps and addresses."""
-    return (registers - 4 * n_blocks - 32 - 2 * tile_words - tile_words * 3 // 4 - _WIDE_ADDRESSES) // 4
+def wide_registers(warps: int, n_blocks: int) -> tuple[int, int]:
+    """Registers of a thread that multiplies and of one that decodes, from 65 rows of x on, with ``warps`` of each."""
+    threads = (2 * warps + FETCH_WARPS) * LANES
+    share = min(255, _REGISTERS // threads) // 8 * 8
+    multiply = 4 * n_blocks + _WIDE_OTHERS
+    rest = share * threads - (_WIDE_FETCH_REGISTERS * FETCH_WARPS + multiply * warps) * LANES
+    return multiply, min(240, rest // (warps * LANES) // 8 * 8)
 
 
-def _wide_stages(device: Device, stage: int, columns: int) -> int:
-    """Pieces of x that fit into shared memory beside the warps' columns."""
-    return min(_MOST_STAGES, (_room(device) - columns) // stage)
+def _wide_held(warps: int, n_blocks: int, tile_words: int) -> int:
+    """Packets that a decoding thread holds ahead, beside A registers of a word, two tiles' bitmaps and addresses."""
+    _, registers = wide_registers(warps, n_blocks)
+    return (registers - 8 - 2 * tile_words - tile_words * 3 // 4 - _WIDE_ADDRESSES) // 4
+
+
+def _wide_stages(device: Device, n_blocks: int, warps: int, column_bytes: int) -> tuple[int, int]:
+    """Places of the rings of x and of decoded words that fit into shared memory beside the warps' columns."""
+    x_stage, a_stage = n_blocks * 8 * WORD_COLUMNS * 2, warps * _A_STRIP
+    room = device.shared_memory - _STATIC_BYTES - _WIDE_EXTRA - warps * column_bytes
+    fitting = [(x, a) for x, a in _WIDE_STAGES if x * x_stage + a * a_stage <= room]
+    return fitting[-1] if fitting else (0, 0)
 
 
 def _room(device: Device) -> int:

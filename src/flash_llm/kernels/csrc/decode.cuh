@@ -133,23 +133,34 @@ DEVICE uint32_t reordered(uint32_t word) {
   return (bytes & 0xffffff00u) | last >> 1 | (last & 1u) << 7;
 }
 
-// Expands one word, 64 columns: a[4 s ...] are the A registers of its K step s of 16. `column` is the address of the
-// lane's word q for the nonzeros so far, and moves on.
-DEVICE void expand_word(uint32_t (&a)[16], uint32_t word, uint32_t& column) {
-  if constexpr (VALUES) word = reordered(word);
-  const uint32_t first = word & 0x80808080u;
-  uint32_t bits = word;  // shifted so that elements 4s-1, 4s, 4s+1, 4s+2 are the four bytes' top bits
+// Expands one word, 64 columns, in its four K steps of 16, in order. `column` is the address of the lane's word q for the
+// nonzeros so far, and moves on.
+struct Expander {
+  uint32_t word;
+  uint32_t bits;  // shifted so that elements 4s-1, 4s, 4s+1, 4s+2 are the four bytes' top bits
+
+  DEVICE explicit Expander(uint32_t bitmap) : word(VALUES ? reordered(bitmap) : bitmap), bits(word) {}
+  // The A registers of a K step.
+  DEVICE void step(uint32_t* a, int k_step, uint32_t& column) {
 #pragma unroll
-  for (int s = 0; s < 8; ++s) {
-    const uint32_t next = s < 7 ? bits << 1 : word;  // element 31 stands where element -1 would
-    const uint32_t tops = bits & 0x80808080u;
-    column = dp4a(tops, s == 0 ? 0x00000100u : 0x00000101u, column);
-    a[pair_place(2 * s)] = load_shared(column) & prmt(bits, bits, 0xAA99);
-    column = dp4a(tops, 0x01010000u, column);
-    a[pair_place(2 * s + 1)] = load_shared(column) & prmt(bits, next, 0xCCBB);
-    bits = next;
+    for (int s = 2 * k_step; s < 2 * k_step + 2; ++s) {
+      const uint32_t next = s < 7 ? bits << 1 : word;  // element 31 stands where element -1 would
+      const uint32_t tops = bits & 0x80808080u;
+      column = dp4a(tops, s == 0 ? 0x00000100u : 0x00000101u, column);
+      a[pair_place(2 * s) % 4] = load_shared(column) & prmt(bits, bits, 0xAA99);
+      column = dp4a(tops, 0x01010000u, column);
+      a[pair_place(2 * s + 1) % 4] = load_shared(column) & prmt(bits, next, 0xCCBB);
+      bits = next;
+    }
+    if (k_step == 3) column = dp4a(word & 0x80808080u, 0x00000001u, column);
   }
-  column = dp4a(first, 0x00000001u, column);
+};
+
+// All of a word: a[4 s ...] are the A registers of its K step s.
+DEVICE void expand_word(uint32_t (&a)[16], uint32_t word, uint32_t& column) {
+  Expander expander(word);
+#pragma unroll
+  for (int s = 0; s < 4; ++s) expander.step(a + 4 * s, s, column);
 }
 
 // The same for 8-bit values that are multiplied as they are: a[4 s ...] are the A registers of K step s of 32.

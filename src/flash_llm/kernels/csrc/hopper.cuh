@@ -38,11 +38,46 @@ DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;
 template <int COUNT>
 DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
+// The same for threads of a block of THREADS that may have begun with more or with less: each with its even share.
+template <int COUNT, int THREADS>
+DEVICE void set_registers() {
+  constexpr int SHARE = 65536 / THREADS / 8 * 8;
+  if constexpr (COUNT > SHARE) take_registers<COUNT>();
+  if constexpr (COUNT < SHARE) give_registers<COUNT>();
+}
+
+// Four 8x8 matrices of 16-bit numbers: lanes 0-7 give where the rows of the first go, and so on.
+DEVICE void store_matrices(uint32_t address, const uint32_t* r) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
+// What this thread wrote to shared memory is to be seen by the tensor cores and the copy engine.
+DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Copies a box of a 2-D tensor, beginning at (column, row), to shared memory; what lies outside comes as zeros.
 DEVICE void copy_box(uint32_t target, const TensorMap* map, int column, int row, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
       ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+// The same to this place in each block of the cluster that `blocks` has a bit for, and their barriers.
+DEVICE void copy_box_to(uint32_t blocks, uint32_t target, const TensorMap* map, int column, int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;"
+      ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)blocks) : "memory");
+}
+
+// Arrives at a barrier of the cluster's block `block`, given by its address in this one.
+DEVICE void barrier_arrive_in(uint32_t block, uint32_t barrier) {
+  asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(barrier), "r"(block) : "memory");
+}
+// Waits until all threads of the cluster that have not ended are here.
+DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.relaxed; barrier.cluster.wait;" ::: "memory");
 }
 
 // Fetches the description itself ahead of its first use.
@@ -90,20 +125,20 @@ DEVICE void wgmma(float (&d)[8][4], const uint32_t* a, uint64_t b, int add) {
                "{%32, %33, %34, %35}, %36, add, 1, 1, 0;}"
                : SUM16(0), SUM16(4) : A_REGISTERS, "l"(b), "r"(add));
 }
-DEVICE void wgmma(float (&d)[16][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(128, %69) "{" OUT60 "%60, %61, %62, %63}, "
-               "{%64, %65, %66, %67}, %68, add, 1, 1, 0;}"
-               : SUM64(0) : A_REGISTERS, "l"(b), "r"(add));
+
+// The same with A from shared memory too, for so many BLOCKS from d on.
+template <int BLOCKS>
+DEVICE void wgmma_shared(float (*d)[4], uint64_t a, uint64_t b, int add);
+template <>
+DEVICE void wgmma_shared<12>(float (*d)[4], uint64_t a, uint64_t b, int add) {
+  asm volatile(WGMMA_TEXT(96, %50) "{" OUT20(, 1) OUT20(2, 3) "%40, %41, %42, %43, %44, %45, %46, %47}, "
+               "%48, %49, add, 1, 1, 0, 0;}"
+               : SUM16(0), SUM16(4), SUM16(8) : "l"(a), "l"(b), "r"(add));
 }
-DEVICE void wgmma(float (&d)[24][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(192, %101) "{" OUT60 OUT20(6, 7) OUT10(8) "%90, %91, %92, %93, %94, %95}, "
-               "{%96, %97, %98, %99}, %100, add, 1, 1, 0;}"
-               : SUM64(0), SUM16(16), SUM16(20) : A_REGISTERS, "l"(b), "r"(add));
-}
-DEVICE void wgmma(float (&d)[32][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(256, %133) "{" OUT100 OUT20(10, 11) "%120, %121, %122, %123, %124, %125, %126, %127}, "
-               "{%128, %129, %130, %131}, %132, add, 1, 1, 0;}"
-               : SUM64(0), SUM64(16) : A_REGISTERS, "l"(b), "r"(add));
+template <>
+DEVICE void wgmma_shared<16>(float (*d)[4], uint64_t a, uint64_t b, int add) {
+  asm volatile(WGMMA_TEXT(128, %66) "{" OUT60 "%60, %61, %62, %63}, %64, %65, add, 1, 1, 0, 0;}"
+               : SUM64(0) : "l"(a), "l"(b), "r"(add));
 }
 
 // The same with 8 bits on both sides and K steps of 32: float8 e4m3 into float32, or int8 into int32.

@@ -37,6 +37,14 @@ constexpr int ACCUMULATORS = N_BLOCKS * 4;  // of a thread
 constexpr int N_TILE = N_BLOCKS * 8;
 constexpr int TOGETHER = N_BLOCKS > 2 ? 1 : 4;  // sums that are left in one access; with many, registers are too few
 
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
+// CLUSTER blocks may work as one, with WARPS multiplying warps between them: "block" means all of them here. This is its
+// number, and a multiplying thread's number in it.
+DEVICE int worker() { return blockIdx.x / CLUSTER; }
+DEVICE int worker_thread() { return blockIdx.x % CLUSTER * (THREADS / CLUSTER) + threadIdx.x; }
+
 // Which row block, and which rows of X, from row n on.
 struct Job {
   int row_block, n;
@@ -150,7 +158,7 @@ DEVICE void write_strip(const SpmmParams& p, const float (&sum)[BLOCKS][4], cons
 // with, and one that it ends with but began before.
 DEVICE float* partial_slot(const SpmmParams& p, int block, int job) {
   const int slot = 2 * block + (first_unit(p, block) < job * p.tiles ? 1 : 0);
-  return p.partial + (long long)slot * ACCUMULATORS * THREADS + threadIdx.x * TOGETHER;
+  return p.partial + (long long)slot * ACCUMULATORS * THREADS + worker_thread() * TOGETHER;
 }
 DEVICE void leave(float* slot, int j, const float (&sum)[4]) {
   if constexpr (TOGETHER == 4) {
@@ -202,7 +210,7 @@ DEVICE void write_partials(const SpmmParams& p, int job, int first, int last, in
 // Finishes a warp's strip of a job that several blocks share: each leaves its sums, and the last to arrive adds them all up
 // in the order of their columns and writes the result. Nobody waits for anybody, not even for the block's other warps.
 DEVICE void reduce_and_write(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], int job, int strip, int lane) {
-  float* mine = partial_slot(p, blockIdx.x, job);
+  float* mine = partial_slot(p, worker(), job);
 #pragma unroll
   for (int j = 0; j < N_BLOCKS; ++j) leave(mine, j, sum[j]);
   const int first = block_of_unit(p, job * p.tiles);
