@@ -21,22 +21,21 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def start_profile(worker: Any) -> None:
-    """Runs in each worker.
+    """Begins to watch a worker's kernels.
 
     Raises:
-        RuntimeError: no CUDA GPU, whose kernels could be watched.
+        RuntimeError: no CUDA GPU.
     """
     from torch.profiler import ProfilerActivity, profile
 
     if not torch.cuda.is_available():
         raise RuntimeError("--breakdown is of the time of GPU kernels, and there is no CUDA GPU: leave it out")
-
     worker.flash_llm_profile = profile(activities=[ProfilerActivity.CUDA])
     worker.flash_llm_profile.start()
 
 
 def stop_profile(worker: Any) -> dict[str, float]:
-    """Runs in each worker: microseconds by kind of kernel."""
+    """Ends that: microseconds by kind of kernel."""
     torch.cuda.synchronize()
     worker.flash_llm_profile.stop()
     total: dict[str, float] = {}

@@ -120,8 +120,9 @@ def _generate(llm: Any, batch: int, input_len: int, output_len: int, vocabulary:
 def environment(llm: Any) -> dict[str, Any]:
     """The GPU, the versions, and how the engine runs: figures depend on them.
 
-    ``engine_process`` is "own" where the scheduler and the model have a process beside the one that takes requests, as
-    with ``vllm serve``. Both are quicker so, and ``async_scheduling`` prepares a step while the one before runs.
+    ``engine_process`` is "own" where the scheduler and the model have a process beside the one that sends requests, as
+    with ``vllm serve``, and "shared" where all is one process. With ``async_scheduling`` a step is prepared while the
+    one before runs.
     """
     import vllm
     from vllm import envs
@@ -129,9 +130,8 @@ def environment(llm: Any) -> dict[str, Any]:
 
     own = bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)
     scheduling = bool(llm.llm_engine.vllm_config.scheduler_config.async_scheduling)
-    gpu = (
-        current_platform.get_device_name() if current_platform.is_cuda() else None
-    )  # without a CUDA context of its own
+    # Torch would need a context on the GPU to say its name, and memory for that.
+    gpu = current_platform.get_device_name() if current_platform.is_cuda() else None
     versions = {"vllm": vllm.__version__, "torch": torch.__version__, "cuda": torch.version.cuda}
     return {
         "gpu": gpu,
