@@ -142,7 +142,7 @@ def test_it_compiles_and_nothing_spills(configuration: Configuration, log_of: Ca
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", DEVICES)
 def test_every_kernel_compiles_and_nothing_spills(arch: str) -> None:
-    """FLASH_LLM_ALL_KERNELS names the architectures. Hopper's 906 take five minutes of two cores, others' 354 one and a half."""
+    """FLASH_LLM_ALL_KERNELS names the architectures. Hopper's 906 take two cores five minutes, others' 354 1.5."""
     if arch not in os.environ.get("FLASH_LLM_ALL_KERNELS", "").split(","):
         pytest.skip(f"minutes of compiling: FLASH_LLM_ALL_KERNELS={arch} asks for it")
     every = [unpack(arch, *rest) for rest in product(TILE_WORDS, (False, True), ValueKind)]
