@@ -152,6 +152,19 @@ def test_compress_replaces_a_models_linear_layers(kind: str) -> None:
 
 
 @quietly
+@quietly
+def test_a_layer_whose_weight_is_taken_out_of_it_stays_dense() -> None:
+    """``nn.MultiheadAttention`` does that with its output layer, of a class that has ``nn.Linear``'s own forward."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(64, 4, batch_first=True).half().eval()
+    model = nn.ModuleDict({"attention": attention, "other": dense_layer()})
+    x = normal(1, 5, 64)
+    with torch.no_grad():
+        expected = attention(x, x, x)[0]
+        assert compress(model).packed == ["other"]
+        assert torch.equal(attention(x, x, x)[0], expected)
+
+
 def test_skip_takes_regular_expressions() -> None:
     model = pruned_model("llama")
     report = compress(model, skip=[r"layers\.0\.", "down_proj$"])

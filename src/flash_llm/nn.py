@@ -192,11 +192,10 @@ def compress(
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a linear layer and no more, so that :class:`SparseLinear` can take its place.
 
-    Subclasses are if they have ``nn.Linear``'s own product, and so is Falcon's, which spells it out.
+    Subclasses are not, even with ``nn.Linear``'s own forward: ``nn.MultiheadAttention`` takes the weight out of its
+    output layer, of such a class, and multiplies by itself. Falcon's is one, which only spells its product out.
     """
-    if not isinstance(module, nn.Linear):
-        return False
-    return type(module).forward is nn.Linear.forward or type(module).__name__ in _SAME_PRODUCT
+    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and type(module).__name__ in _SAME_PRODUCT)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
