@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 import torch
@@ -33,8 +33,9 @@ class Clocks:
 
     def __init__(self, device: torch.device, command: Sequence[str] | None = None) -> None:
         self._samples: deque[tuple[datetime, float, float]] = deque(maxlen=_KEPT)
+        self._process: subprocess.Popen[str] | None = None
         try:
-            self._process: subprocess.Popen[str] | None = subprocess.Popen(
+            self._process = subprocess.Popen(
                 command or _command(device),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -42,9 +43,9 @@ class Clocks:
                 text=True,
             )
         except OSError:
-            self._process = None
             return
-        self._reader = threading.Thread(target=self._read, daemon=True, name="flash-llm-clocks")
+        lines = self._process.stdout or ()
+        self._reader = threading.Thread(target=self._read, args=(lines,), daemon=True, name="flash-llm-clocks")
         self._reader.start()
 
     def between(self, begin: datetime, end: datetime) -> dict[str, float]:
@@ -62,10 +63,8 @@ class Clocks:
             self._process.wait()
             self._reader.join()
 
-    def _read(self) -> None:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+    def _read(self, lines: Iterable[str]) -> None:
+        for line in lines:
             time, *numbers = line.strip().split(", ")
             try:
                 mhz, watts = map(float, numbers)

@@ -30,7 +30,6 @@ from flash_llm import __version__
 from flash_llm.bench import e2e_inside
 from flash_llm.bench.e2e import LARGEST, sparsity
 
-_OWN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 _FIRST_TOKEN_RUNS = 3
 _PROFILED_TOKENS = 17
 _VOCABULARY = 30000  # no model here has fewer
@@ -97,7 +96,7 @@ def _engine(task: dict[str, Any]) -> Any:
     if not any("flash_llm" in point.value for point in entry_points(group="vllm.general_plugins")):
         if task["gpus"] > 1:
             raise RuntimeError("vLLM's workers find flash_llm only if it is installed: pip install --no-deps PROJECT")
-        os.environ.setdefault(_OWN_PROCESS, "0")  # the plugin is known to this process alone
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the plugin is known to this process alone
     from vllm import LLM
 
     return LLM(**task["engine"])

@@ -101,9 +101,8 @@ def remarks(report: Report) -> list[str]:
     if errors:
         lines.append(f"Relative error against float32: {max(errors):.1e} at most.")
     if watched := [row for row in report["results"] if "sm_mhz" in row]:
-        slowest, fastest = (choose(row["sm_mhz"] for row in watched) for choose in (min, max))
-        watts = max(row["watts"] for row in watched)
-        clock = f"the clock was {slowest:.0f} to {fastest:.0f} MHz"
+        clocks, watts = [row["sm_mhz"] for row in watched], max(row["watts"] for row in watched)
+        clock = f"the clock was {min(clocks):.0f} to {max(clocks):.0f} MHz"
         lines.append(f"During the sparse products {clock}, and power {watts:.0f} W at most.")
     for peer, reasons in _refusals(report["results"]).items():
         lines.append(f"{PEER_TITLES.get(peer, peer)} refused {len(reasons)} of {len(report['results'])}: {reasons[0]}")

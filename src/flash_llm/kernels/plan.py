@@ -23,7 +23,7 @@ _RING_EXTRA = 1024 + 128  # aligned by 1024, and its barriers
 _WIDE_ADDRESSES = 22  # registers
 _RING_BYTES = {1: 48 << 10, 2: 12 << 10, 3: 12 << 10}  # for pieces of X on Hopper, by blocks a multiprocessor
 _WIDE_WARPS = 8  # a block's multiplying warps from 65 rows of x on: two warpgroups, as registers allow
-_LEAST_WIDE, _LEAST_WIDE_WARPS = 12, 12  # blocks of n up to which they allow three, 3 to 4 % quicker for large weights
+_LARGE_WIDE_WARPS = {12: 12}  # by blocks of n, for large weights: three warpgroups are 3 to 4 % quicker there
 _WIDE_PRODUCTS, _WIDE_DECODE = 32, 290  # cycles of a word for a block: for each block of 8 rows of x, and besides
 _ADDING_UP = 0.5  # words' time for each block of 8 rows of x: what adding up a shared job costs
 _UNEVEN = 3  # times that, where blocks have parts of two jobs
@@ -209,7 +209,7 @@ def _block(
     resident = resident or 1
     if wide:
         large = words > _SMALL * device.multiprocessors
-        warps = warps or (_LEAST_WIDE_WARPS if n_blocks <= _LEAST_WIDE and large else _WIDE_WARPS)
+        warps = warps or (large and _LARGE_WIDE_WARPS.get(n_blocks)) or _WIDE_WARPS
         stages = _wide_stages(device, stage, warps * column_bytes)
     elif hopper:
         ring_bytes = _RING_BYTES[resident]
