@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import os
+import threading
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _MISSING = (
     "GPU kernels are compiled when they are first used, and {what} is needed for that but can't be imported ({error}). "
     "Install it with: pip install 'flash-llm[cuda]'"
 )
+_importing = threading.Lock()
 
 
 def cache_dir() -> Path:
@@ -92,13 +94,14 @@ def compiler_version() -> str:
 def compiler() -> tuple[Any, Any]:
     """``cuda.core``'s Program and ProgramOptions, or a KernelError that says how to get them."""
     compiler_version()
-    try:
-        from cuda.core import Program, ProgramOptions
-    except ImportError:
+    with _importing:  # kernels are compiled in several threads, and importing cuda.core in several at once may fail
         try:
-            from cuda.core.experimental import Program, ProgramOptions
-        except ImportError as error:
-            raise KernelError(_MISSING.format(what="cuda-core", error=error)) from error
+            from cuda.core import Program, ProgramOptions
+        except ImportError:
+            try:
+                from cuda.core.experimental import Program, ProgramOptions
+            except ImportError as error:
+                raise KernelError(_MISSING.format(what="cuda-core", error=error)) from error
     return Program, ProgramOptions
 
 

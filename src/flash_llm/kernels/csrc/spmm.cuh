@@ -21,7 +21,7 @@ struct SpmmParams {
   const float* scales;   // of the rows; null with 16-bit values
   const float* x_scales; // [tiles][rows of X, in whole jobs]; null where X has 16 bits
   uint16_t* y;
-  float* partial;      // [2 * blocks][N_BLOCKS * 4 / TOGETHER][threads][TOGETHER]: each block's share of shared jobs
+  float* partial;      // [2 * blocks][N_BLOCKS][threads][4]: each block's share of shared jobs
   uint32_t* arrivals;  // [jobs][warps], zero before and after
   long long x_stride;
   int rows, columns, n;
@@ -35,7 +35,6 @@ constexpr int THREADS = WARPS * LANES;  // that multiply
 constexpr int CHUNKS = (TILE_WORDS + CHUNK_WORDS - 1) / CHUNK_WORDS;  // of a tile
 constexpr int ACCUMULATORS = N_BLOCKS * 4;  // of a thread
 constexpr int N_TILE = N_BLOCKS * 8;
-constexpr int TOGETHER = N_BLOCKS > 2 ? 1 : 4;  // sums that are left in one access; with many, registers are too few
 
 // Which row block, and which rows of X, from row n on.
 struct Job {
@@ -127,16 +126,15 @@ struct RowTerms {
   }
 };
 
-// Applies scales and bias, rounds and writes a strip's 16 rows, for 8 * BLOCKS rows of X from `first` on.
-template <int BLOCKS>
-DEVICE void write_strip(const SpmmParams& p, const float (&sum)[BLOCKS][4], const RowTerms& terms, int strip, int first,
+// Applies scales and bias, rounds and writes a strip's 16 rows, for N_TILE rows of X from `first` on.
+DEVICE void write_strip(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], const RowTerms& terms, int strip, int first,
                         int lane) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = strip * STRIP_ROWS + (lane >> 2) + 8 * h;
     if (row >= p.rows) continue;
 #pragma unroll
-    for (int j = 0; j < BLOCKS; ++j) {
+    for (int j = 0; j < N_BLOCKS; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int n = first + j * 8 + (lane & 3) * 2 + e;
@@ -150,85 +148,86 @@ DEVICE void write_strip(const SpmmParams& p, const float (&sum)[BLOCKS][4], cons
 // with, and one that it ends with but began before.
 DEVICE float* partial_slot(const SpmmParams& p, int block, int job) {
   const int slot = 2 * block + (first_unit(p, block) < job * p.tiles ? 1 : 0);
-  return p.partial + (long long)slot * ACCUMULATORS * THREADS + threadIdx.x * TOGETHER;
+  return p.partial + (long long)slot * ACCUMULATORS * THREADS + threadIdx.x * 4;
 }
 DEVICE void leave(float* slot, int j, const float (&sum)[4]) {
-  if constexpr (TOGETHER == 4) {
-    __stcg((float4*)(slot + j * 4 * THREADS), make_float4(sum[0], sum[1], sum[2], sum[3]));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) __stcg(slot + (j * 4 + i) * THREADS, sum[i]);
-  }
+  __stcg((float4*)(slot + j * 4 * THREADS), make_float4(sum[0], sum[1], sum[2], sum[3]));
 }
 DEVICE void fetch(float (&sum)[4], const float* slot, int j) {
-  if constexpr (TOGETHER == 4) {
-    const float4 four = __ldcg((const float4*)(slot + j * 4 * THREADS));
-    sum[0] = four.x, sum[1] = four.y, sum[2] = four.z, sum[3] = four.w;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] = __ldcg(slot + (j * 4 + i) * THREADS);
-  }
+  const float4 four = __ldcg((const float4*)(slot + j * 4 * THREADS));
+  sum[0] = four.x, sum[1] = four.y, sum[2] = four.z, sum[3] = four.w;
 }
 
-// Adds up what the blocks first to last left, in their order, and writes it. As much is asked for at a time as registers
-// hold, since each time takes as long as the L2 cache to answer.
-DEVICE void write_partials(const SpmmParams& p, int job, int first, int last, int strip, int lane) {
-  constexpr int PART = N_BLOCKS > 4 ? 4 : N_BLOCKS, AT_ONCE = 4 / PART;
-  const Job done(p, job);
-  RowTerms terms;
-  if constexpr (N_BLOCKS == 1) terms.load(p, strip, lane);  // while nothing else has to wait; with more, registers lack
+// The blocks that have a part of a job.
+struct Sharers {
+  int first, last;
+
+  DEVICE Sharers(const SpmmParams& p, int job)
+      : first(block_of_unit(p, job * p.tiles)), last(block_of_unit(p, job * p.tiles + p.tiles - 1)) {}
+};
+
+// Adds the sums that a job's blocks left, of which this is one, in their order: (b0 + b1) + b2 and so on. Which of
+// two numbers comes first makes no difference, so that this block's own, if it is one of the first two, are added to where
+// they are. As much is asked for at a time as registers hold, since each time takes as long as the L2 cache to answer.
+DEVICE void add_partials(const SpmmParams& p, float (&sum)[N_BLOCKS][4], const Sharers& sharers, int job) {
+  const int first = sharers.first, last = sharers.last;
+  constexpr int PART = N_BLOCKS <= 8 ? N_BLOCKS : N_BLOCKS % 8 == 0 ? 8 : 6, AT_ONCE = N_BLOCKS < 4 ? 2 : 1;
+  const int own = (int)blockIdx.x <= first + 1 ? blockIdx.x : last + 1;  // not to be read
+  if (own > last) {
+#pragma unroll
+    for (int i = 0; i < ACCUMULATORS; ++i) sum[i / 4][i % 4] = -0.f;  // which changes nothing that is added to it
+  }
+  const int others = last - first + (own > last);
 #pragma unroll 1
-  for (int part = 0; part < N_BLOCKS; part += PART) {
-    float sum[PART][4] = {};
-    for (int block = first; block <= last; block += AT_ONCE) {
+  for (int k = 0; k < others; k += AT_ONCE) {
+#pragma unroll
+    for (int part = 0; part < N_BLOCKS; part += PART) {
       float theirs[AT_ONCE][PART][4];
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) {
-        const float* slot = partial_slot(p, min(block + k, last), job);
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int block = first + min(k + i, others - 1);
+        const float* slot = partial_slot(p, block < own ? block : block + 1, job);
 #pragma unroll
-        for (int j = 0; j < PART; ++j) fetch(theirs[k][j], slot, part + j);
+        for (int j = 0; j < PART; ++j) fetch(theirs[i][j], slot, part + j);
       }
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) {
+      for (int i = 0; i < AT_ONCE; ++i) {
 #pragma unroll
-        for (int i = 0; i < PART * 4; ++i) sum[i / 4][i % 4] += block + k <= last ? theirs[k][i / 4][i % 4] : 0.f;
+        for (int j = 0; j < PART * 4; ++j) sum[part + j / 4][j % 4] += k + i < others ? theirs[i][j / 4][j % 4] : -0.f;
       }
     }
-    if constexpr (N_BLOCKS > 1) terms.load(p, strip, lane);
-    write_strip(p, sum, terms, strip, done.n + part * 8, lane);
   }
 }
 
-// Finishes a warp's strip of a job that several blocks share: each leaves its sums, and the last to arrive adds them all up
-// in the order of their columns and writes the result. Nobody waits for anybody, not even for the block's other warps.
-DEVICE void reduce_and_write(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], int job, int strip, int lane) {
+// Leaves this block's sums of a warp's strip of a job that several blocks share. Nobody waits for anybody, not even for the
+// block's other warps. Returns whether this block is the last, which has all the others' sums to add up then.
+DEVICE bool leave_sums(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], const Sharers& sharers, int job, int strip,
+                       int lane) {
   float* mine = partial_slot(p, blockIdx.x, job);
 #pragma unroll
   for (int j = 0; j < N_BLOCKS; ++j) leave(mine, j, sum[j]);
-  const int first = block_of_unit(p, job * p.tiles);
-  const int last = block_of_unit(p, job * p.tiles + p.tiles - 1);
   // Release what the warp wrote, acquire what the others did.
   uint32_t* arrivals = p.arrivals + job * WARPS + strip % WARPS;
   uint32_t arrived = 0;
   __syncwarp();
   if (lane == 0) arrived = atomic_add_acq_rel(arrivals, 1);
   __syncwarp();
-  if (__shfl_sync(0xffffffffu, arrived, 0) != last - first) return;
+  if (__shfl_sync(0xffffffffu, arrived, 0) != sharers.last - sharers.first) return false;
   if (lane == 0) *arrivals = 0;  // ready for the next launch
-  write_partials(p, job, first, last, strip, lane);
+  return true;
 }
 
 // At the end of a block's part of a job: writes its results, or leaves them to be summed.
-DEVICE void finish_job(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], int job, int begin, int end, int warp, int lane) {
+DEVICE void finish_job(const SpmmParams& p, float (&sum)[N_BLOCKS][4], int job, int begin, int end, int warp, int lane) {
   const Job done(p, job);
   const int strip = done.row_block * WARPS + warp;
   if (strip >= p.strips) return;
   const bool alone = begin <= job * p.tiles && (job + 1) * p.tiles <= end;
-  if (alone) {
-    RowTerms terms;
-    terms.load(p, strip, lane);
-    write_strip(p, sum, terms, strip, done.n, lane);
-  } else {
-    reduce_and_write(p, sum, job, strip, lane);
-  }
+  const Sharers sharers(p, job);
+  if (!alone && !leave_sums(p, sum, sharers, job, strip, lane)) return;
+  RowTerms terms;
+  if constexpr (N_BLOCKS == 1) terms.load(p, strip, lane);  // while nothing else has to wait; with more, registers lack
+  if (!alone) add_partials(p, sum, sharers, job);
+  if constexpr (N_BLOCKS > 1) terms.load(p, strip, lane);
+  write_strip(p, sum, terms, strip, done.n, lane);
 }
