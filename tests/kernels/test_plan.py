@@ -119,7 +119,7 @@ def test_registers_of_the_hopper_kernel_add_up(warps: int, resident: int) -> Non
     assert registers * warps * LANES + fetching <= begins_with * threads
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(2048, 2048), (4096, 4096), (6144, 4096)])
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (5120, 5120), (6144, 4096)])
 def test_small_weights_get_small_blocks_on_hopper(rows: int, columns: int) -> None:
     """They share the work more evenly, and the next kernel's begin while this one's still work."""
     strips, _, tiles = grid(rows, columns, 6)
