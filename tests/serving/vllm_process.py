@@ -52,6 +52,7 @@ def _name_vllm(site: Path) -> None:
 
 def generate(scratch: Path, runs: list[dict[str, Any]], timeout: float = 300, **more: str) -> list[Any]:
     """The runs' outcomes, one after the other in one process."""
+    scratch.mkdir(exist_ok=True)
     task = scratch / "task.json"
     task.write_text(json.dumps(runs))
     command = [sys.executable, str(HERE), str(task)]
