@@ -61,7 +61,7 @@ def test_a_plan_fits_the_device_and_covers_the_matrix(
 
     assert defines["TILE_WORDS"] == tile_words
     assert 1 <= defines["CHUNK_WORDS"] <= tile_words
-    assert defines["RAGGED"] == (words % tile_words != 0)
+    assert defines["RAGGED"] == words % tile_words
     assert defines["BF16"] == bf16
     assert 1 <= defines["LIKELY_FULL"] <= defines["PACKETS_AHEAD"] <= max(max_packets, 1)
     # A lane's column: all its packets and one word more, in every lane's own bank.

@@ -83,7 +83,7 @@ def test_the_tile_is_chosen_to_fit(sparsity: float, pattern: str) -> None:
 
 def test_large_matrices_get_larger_tiles_than_small_ones() -> None:
     """Where there is work for every multiprocessor anyway, fixed costs count; elsewhere an even share does."""
-    small, large = (PackedWeight.from_dense(sparse(rows, 4096, 0.8)) for rows in (4096, 16384))
+    small, large = (PackedWeight.from_dense(sparse(rows, 4096, 0.9)) for rows in (1024, 16384))
     assert small.tile_words < large.tile_words
 
 

@@ -51,6 +51,7 @@ _SMALL_CYCLES = {  # by blocks of n, warps and resident: what _small_blocks reck
     (8, 8, 1): (58, 157, 8440, 540),
     (8, 4, 2): (63, 165, 5760, 765),
 }
+_SMALL_TILE = {True: 20, False: 7}  # 16-bit values or not; words of a tile times blocks of n
 _CHUNK_WORDS = {True: {1: 4, 2: 4, 4: 2, 8: 2}, False: {1: 8, 2: 8, 4: 4, 8: 2}}  # Hopper or not; blocks of n
 
 
@@ -139,7 +140,7 @@ def spmm_plan(
     larger, late = _uneven_shares(units, blocks)
     defines = {
         "TILE_WORDS": tile_words,
-        "RAGGED": int(words % tile_words != 0),
+        "RAGGED": words % tile_words,
         "BF16": int(bf16),
         "VALUES": values.code,
         **block.defines(tile_words),
@@ -223,7 +224,7 @@ def _block(
         if x8 and n_blocks <= 2:
             warps, resident = _x8_blocks(device, rows, columns, tile_words, n_blocks, column_bytes, stage)
         else:
-            warps, resident = _small_blocks(device, rows, columns, tile_words, density, n_blocks)
+            warps, resident = _small_blocks(device, rows, columns, tile_words, density, n_blocks, values)
     resident = resident or 1
     if wide:
         large = words > _SMALL * device.multiprocessors
@@ -407,7 +408,7 @@ def _best_warps(hopper: bool, n_blocks: int, tile_words: int) -> int:
 
 
 def _small_blocks(
-    device: Device, rows: int, columns: int, tile_words: int, density: float, n_blocks: int
+    device: Device, rows: int, columns: int, tile_words: int, density: float, n_blocks: int, values: ValueKind
 ) -> tuple[int, int] | tuple[None, None]:
     """(warps, resident) of smaller blocks for a weight that is soon read, if they promise to be quicker than one large
     block for each multiprocessor.
@@ -429,7 +430,10 @@ def _small_blocks(
         words = ceil_div(row_blocks * tiles, blocks) * tile_words * warps * resident
         return words * (a_word + nonzeros * density) + launch + sharing * blocks / row_blocks
 
-    best = min(((warps, resident) for blocks, warps, resident in _SMALL_CYCLES if blocks == n_blocks), key=cycles)
+    # Of three blocks, a thread has too few registers for large tiles.
+    most = 3 if tile_words * n_blocks <= _SMALL_TILE[values is ValueKind.BITS16] else 2
+    choices = [(warps, some) for blocks, warps, some in _SMALL_CYCLES if blocks == n_blocks and some <= most]
+    best = min(choices, key=cycles)
     return (None, None) if best == (12, 1) else best
 
 

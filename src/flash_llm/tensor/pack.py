@@ -145,9 +145,17 @@ def choose_tile_words(counts: Tensor, kind: ValueKind = ValueKind.BITS16) -> int
     return best[2] if best else min(CHOSEN_TILE_WORDS)
 
 
+_SMALL_WORDS = 92_400
+"""Bitmap words of a lane in a matrix up to which kernels have smaller blocks to share it out more evenly."""
+
+
 def busiest_work(strips: int, tiles: int, tile_words: int, packets: int, kind: ValueKind = ValueKind.BITS16) -> float:
     """Instructions of the busiest multiprocessor's warps, with a kernel's measured costs, on a GPU of usual size."""
-    rounds = ceil_div(ceil_div(strips, 12) * tiles, 132)
+    blocks = ((12, 1), (8, 1), (4, 2)) if strips * tiles * tile_words <= _SMALL_WORDS else ((12, 1),)
+    shares = (
+        ceil_div(ceil_div(strips, warps) * tiles, 132 * resident) * warps * resident for warps, resident in blocks
+    )
+    rounds = min(shares) / 12
     a_packet = 17 * kind.packet_values // PACKET_VALUES
     # On an H100: ten words of 8-bit values are 4 to 9 % slower than eight, as they can't be multiplied in pairs, and
     # sixteen words of 16-bit values 4 to 6 % slower than twelve.

@@ -45,13 +45,14 @@ DEVICE uint4 load_stream(const uint4* pointer) {
   return v;
 }
 
-// The same where `wanted`; elsewhere the word is 0 and the packet stays what it was.
-DEVICE uint32_t load_stream_if(bool wanted, const uint32_t* pointer) {
+// The same if a < b; else 0.
+DEVICE uint32_t load_stream_if_less(int a, int b, const uint32_t* pointer) {
   uint32_t value = 0;
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.L1::no_allocate.L2::128B.b32 %0, [%1];}"
-               : "+r"(value) : "l"(pointer), "r"((int)wanted));
+  asm volatile("{.reg .pred p; setp.lt.s32 p, %2, %3; @p ld.global.nc.L1::no_allocate.L2::128B.b32 %0, [%1];}"
+               : "+r"(value) : "l"(pointer), "r"(a), "r"(b));
   return value;
 }
+// The same where `wanted`; elsewhere the packet stays what it was.
 DEVICE void load_stream_if(uint4& v, bool wanted, const uint4* pointer) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0;"
                "@p ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];}"

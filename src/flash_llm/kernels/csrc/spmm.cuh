@@ -10,7 +10,7 @@
 #include "decode.cuh"
 
 // Compiled with TILE_WORDS, N_BLOCKS (of 8 rows of X), CHUNK_WORDS (columns of X that are streamed at a time, in words),
-// RAGGED (TILE_WORDS doesn't divide the words of a strip), PACKETS_AHEAD and LIKELY_FULL (see Packets), WARPS, BF16
+// RAGGED (words of a strip's last tile, or 0 if it is whole), PACKETS_AHEAD and LIKELY_FULL (see Packets), WARPS, BF16
 // and VALUES (see values.cuh).
 struct SpmmParams {
   const uint32_t* bitmap;
@@ -47,6 +47,11 @@ struct Job {
   }
 };
 
+// A zero that the compiler takes for a number of each lane's own. What it knows to be the same in all lanes it may keep in
+// a uniform register: moving what was loaded there waits for all loads under way, the next tile's packets too, and a
+// condition that is the same for all becomes a branch around each load.
+DEVICE int lanes_zero(const SpmmParams& p, int lane) { return lane & p.n >> 31; }
+
 // Where a warp's next tile is. It stops at the warp's last tile (and past the matrix's last strip, at that strip), so
 // that loading ahead needs no conditions: some tiles are then read once more, from L2, to no effect.
 struct Cursor {
@@ -71,10 +76,12 @@ struct Cursor {
       begin_strip(p, lane);
     }
   }
-  DEVICE uint32_t word(const SpmmParams& p, int w) const {
-    if constexpr (RAGGED) return load_stream_if(tile * TILE_WORDS + w < p.words, bitmap + w * LANES);
-    return load_stream(bitmap + w * LANES);
+  DEVICE uint32_t word(const SpmmParams& p, int w, int lane) const {
+    if (RAGGED == 0 || w < RAGGED) return load_stream(bitmap + w * LANES);
+    return load_stream_if_less(tile + lanes_zero(p, lane), p.tiles - 1, bitmap + w * LANES);
   }
+  // Where the tile's packets begin.
+  DEVICE uint32_t packets(const SpmmParams& p, int lane) const { return __ldg(offset + lanes_zero(p, lane)); }
 };
 
 // Brings a warp's first two tiles' bitmaps near before anything else is done: where its packets are depends on them.
@@ -94,6 +101,21 @@ DEVICE PacketRows next_packet_rows(const uint32_t (&words)[TILE_WORDS], const ui
 #pragma unroll
   for (int w = 0; w < TILE_WORDS; ++w) next[w] = w <= LOAD_AFTER ? words[w] : later[w];
   return packet_rows(next);
+}
+
+// Once word w of a tile is multiplied, it makes room for the next tile's, and that for the one of the tile after it.
+//
+// What is loaded is waited for together: a wait for shared memory, which decoding has many of, may be one for what is under
+// way from global memory, too. So of the first words nothing is asked for before the packets are.
+DEVICE void load_ahead(const SpmmParams& p, Packets<PACKETS_AHEAD, LIKELY_FULL>& packets, uint32_t& next_offset,
+                       uint32_t (&words)[TILE_WORDS], uint32_t (&later)[TILE_WORDS], const Cursor& ahead, int w, int lane) {
+  words[w] = later[w];
+  if (w > LOAD_AFTER) later[w] = ahead.word(p, w, lane);
+  if (w != LOAD_AFTER) return;
+  packets.load(p.packets + next_offset, next_packet_rows(words, later), lane);  // of the next tile
+  next_offset = ahead.packets(p, lane);
+#pragma unroll
+  for (int v = 0; v <= LOAD_AFTER; ++v) later[v] = ahead.word(p, v, lane);
 }
 
 // A block's units begin here. The first blocks have a unit more than the others, and the late ones perhaps a unit less.

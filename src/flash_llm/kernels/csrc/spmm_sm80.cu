@@ -90,12 +90,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) spmm(const __grid_const
   uint32_t words[TILE_WORDS], later[TILE_WORDS];
   Packets<PACKETS_AHEAD, LIKELY_FULL> packets = {};
 #pragma unroll
-  for (int w = 0; w < TILE_WORDS; ++w) words[w] = ahead.word(p, w);
-  const uint32_t first_offset = __ldg(ahead.offset);
+  for (int w = 0; w < TILE_WORDS; ++w) words[w] = ahead.word(p, w, lane);
+  const uint32_t first_offset = ahead.packets(p, lane);
   ahead.advance(p, lane);
 #pragma unroll
-  for (int w = 0; w < TILE_WORDS; ++w) later[w] = ahead.word(p, w);
-  uint32_t next_offset = __ldg(ahead.offset);
+  for (int w = 0; w < TILE_WORDS; ++w) later[w] = ahead.word(p, w, lane);
+  uint32_t next_offset = ahead.packets(p, lane);
   packets.load(p.packets + first_offset, packet_rows(words), lane);
 
   wait_dependencies();
@@ -125,12 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) spmm(const __grid_const
         const int w = c * CHUNK_WORDS + i;
         if (w < TILE_WORDS) {
           multiply_word(sum, words[w], column, x + i * WORD_COLUMNS * 2);
-          words[w] = later[w];
-          later[w] = ahead.word(p, w);
-          if (w == LOAD_AFTER) {
-            packets.load(p.packets + next_offset, next_packet_rows(words, later), lane);  // of the next tile
-            next_offset = __ldg(ahead.offset);
-          }
+          load_ahead(p, packets, next_offset, words, later, ahead, w, lane);
         }
       }
       stage ^= X_STAGE;

@@ -208,12 +208,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
   uint32_t words[TILE_WORDS], later[TILE_WORDS];
   Packets<PACKETS_AHEAD, LIKELY_FULL> packets = {};
 #pragma unroll
-  for (int w = 0; w < TILE_WORDS; ++w) words[w] = ahead.word(p, w);
-  const uint32_t first_offset = __ldg(ahead.offset);
+  for (int w = 0; w < TILE_WORDS; ++w) words[w] = ahead.word(p, w, lane);
+  const uint32_t first_offset = ahead.packets(p, lane);
   ahead.advance(p, lane);
 #pragma unroll
-  for (int w = 0; w < TILE_WORDS; ++w) later[w] = ahead.word(p, w);
-  uint32_t next_offset = __ldg(ahead.offset);
+  for (int w = 0; w < TILE_WORDS; ++w) later[w] = ahead.word(p, w, lane);
+  uint32_t next_offset = ahead.packets(p, lane);
   packets.load(p.packets + first_offset, packet_rows(words), lane);
   wait_dependencies();
   float sum[N_BLOCKS][4] = {};
@@ -245,15 +245,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
               for (int g = 0; g < GROUP; ++g) expand_word(a[g], words[w + g], column);
               multiplier.multiply(sum, a, i, w == 0, w == 0 && unit == first);
             }
-            words[w] = later[w];
-            later[w] = ahead.word(p, w);
             // Only now are all products of the piece before this one done.
             if (i == 0 && lane == 0 && (c > 0 || unit > begin))
               ring.release_before(X8 ? __float_as_uint(sum[N_BLOCKS - 1][3]) & never : products_done);
-            if (w == LOAD_AFTER) {
-              packets.load(p.packets + next_offset, next_packet_rows(words, later), lane);  // of the next tile
-              next_offset = __ldg(ahead.offset);
-            }
+            load_ahead(p, packets, next_offset, words, later, ahead, w, lane);
           }
         }
         if (c == CHUNKS - 1) multiplier.finish_tile(ring);

@@ -27,7 +27,7 @@ struct Tile {
   DEVICE void load_words(const UnpackParams& p, uint32_t (&words)[TILE_WORDS], int lane) const {
     const uint32_t* bitmap = p.bitmap + ((long long)strip * p.words + first) * LANES + lane;
 #pragma unroll
-    for (int w = 0; w < TILE_WORDS; ++w) words[w] = load_stream_if(first + w < p.words, bitmap + w * LANES);
+    for (int w = 0; w < TILE_WORDS; ++w) words[w] = load_stream_if_less(first + w, p.words, bitmap + w * LANES);
   }
 };
 
