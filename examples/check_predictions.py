@@ -5,8 +5,8 @@
 
 Measurements: docs/results/kernels-h100.json (`flash-llm bench kernels`), kernels-fp8-h100.json (the same with 8-bit
 values), kernels-n-h100.json (over many numbers of rows of x), vllm-dense-h100.json (dense models in vLLM),
-e2e-opt-30b-h100.json and e2e-opt-30b-fp8-h100.json (sparse ones, `flash-llm bench e2e`) and, if it is there,
-machine-h100.json (`flash-llm bench machine`).
+e2e-*.json (sparse ones, `flash-llm bench e2e`), kernels-h200.json (another GPU, to which nothing is fitted) and, if it
+is there, machine-h100.json (`flash-llm bench machine`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from flash_llm.capacity import fit
 from flash_llm.capacity.efficiency import FILE, Efficiency, Engine, efficiency
-from flash_llm.capacity.gpus import GPUS, find_gpu, read_machine
+from flash_llm.capacity.gpus import GPUS, Gpu, find_gpu, read_machine
 from flash_llm.capacity.models import ModelShape, load_model
 from flash_llm.capacity.plan import Workload, cache_room, speed, weights_bytes
 from flash_llm.capacity.roofline import Rates, Roofline, rates
@@ -30,6 +30,7 @@ from flash_llm.capacity.sizes import Format, packed_nbytes, sparse_format
 from flash_llm.files import write_json
 from flash_llm.tensor import ValueKind
 
+SPARSE_MODELS = ("opt-30b-h100", "opt-30b-second-h100", "opt-66b-h100", "opt-175b-h200")
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 ASSUMED_MATRIX_SHARE = 0.7
 Row = dict[str, Any]
@@ -109,10 +110,13 @@ def tables() -> str:
     gpu = find_gpu(kernels["environment"]["gpu"])
     parts = [
         "### The sparse kernel",
-        *kernel_table(kernels, rates(gpu)),
+        *kernel_table(kernels),
         "",
         "### The sparse kernel with 8-bit values",
-        *kernel_table(read("kernels-fp8-h100.json"), rates(gpu)),
+        *kernel_table(read("kernels-fp8-h100.json")),
+        "",
+        "### The sparse kernel on an H200",
+        *kernel_table(read("kernels-h200.json")),
         "",
         "### More rows of x",
         *many_rows_table(read("kernels-n-h100.json"), rates(gpu), kernels["results"][-1]["n"]),
@@ -121,7 +125,7 @@ def tables() -> str:
         *engine_table(engine, rates(gpu)),
         "",
         "### Sparse models in vLLM",
-        *sparse_engine_table([read("e2e-opt-30b-h100.json"), read("e2e-opt-30b-fp8-h100.json")], rates(gpu)),
+        *sparse_engine_table([read(f"e2e-{name}.json") for name in SPARSE_MODELS]),
         "",
         "### Memory in vLLM",
         *memory_table(engine, rates(gpu)),
@@ -129,12 +133,14 @@ def tables() -> str:
     return "\n".join(parts) + "\n"
 
 
-def kernel_table(report: dict[str, Any], on: Rates) -> list[str]:
+def kernel_table(report: dict[str, Any]) -> list[str]:
     """Mean and worst error of time and bytes for each number of rows of x and share of zeros."""
     nothing = ModelShape("", 0, (), (0, 0), 0, (), 1, 0, None)
-    line = Roofline(nothing, on, 1, efficiency())
+    gpu = find_gpu(report["environment"]["gpu"])
+    line = Roofline(nothing, rates(gpu), 1, efficiency())
     values = ValueKind(report["results"][0]["values"])
     kind = "" if values is ValueKind.BITS16 else f", {values.value} values"
+    kind += "" if gpu.name == efficiency().reference else f", {gpu.name}"
     lines = [
         "",
         f"| N{kind} | zeros | shapes | time: mean error | worst | worst is | packed bytes: worst error |",
@@ -208,28 +214,33 @@ def engine_table(report: dict[str, Any], on: Rates) -> list[str]:
     return lines
 
 
-def sparse_engine_table(reports: list[dict[str, Any]], on: Rates) -> list[str]:
+def sparse_engine_table(reports: list[dict[str, Any]]) -> list[str]:
     """Decode steps of sparse models: by the kernel's fit and what vLLM adds to dense models, nothing fitted to them."""
     lines = [
         "",
-        "| model | weights | GPUs | batch | step, measured | predicted | error |",
-        "|---|---|---|---|---|---|---|",
+        "| model | GPU | weights | GPUs | batch | step, measured | predicted | error |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    rows = [(report["settings"]["model"], row) for report in reports for row in report["results"]]
-    for name, row in sorted((each for each in rows if each[1]["sparsity"] is not None), key=_by_weights):
-        line, form = Roofline(shape(name), on, row["gpus"], efficiency()), sparse_format(row["weights"])
+    rows = [
+        (report["settings"]["model"], find_gpu(report["environment"]["gpu"]), row)
+        for report in reports
+        for row in report["results"]
+        if row["sparsity"] is not None
+    ]
+    for name, gpu, row in sorted(rows, key=_by_weights):
+        line, form = Roofline(shape(name), rates(gpu), row["gpus"], efficiency()), sparse_format(row["weights"])
         step = line.step_us(form, row["batch"], fit.mean_context(row)) * 1e-3
         real = row["time_per_output_token_ms"]
         lines.append(
-            f"| {name} | {form.name} | {row['gpus']} | {row['batch']} | {real:.1f} ms | {step:.1f} ms | "
+            f"| {name} | {gpu.name} | {form.name} | {row['gpus']} | {row['batch']} | {real:.1f} ms | {step:.1f} ms | "
             f"{step / real - 1:+.1%} |"
         )
     return lines
 
 
-def _by_weights(each: tuple[str, Row]) -> tuple[str, str, int]:
-    name, row = each
-    return name, row["weights"], row["batch"]
+def _by_weights(each: tuple[str, Gpu, Row]) -> tuple[int, str, str, int]:
+    name, _, row = each
+    return len(name), name, row["weights"], row["batch"]
 
 
 def step_ms(row: Row, shapes: dict[str, ModelShape], on: Rates, known: Efficiency) -> float:

@@ -227,10 +227,7 @@ def e2e(
             reports.write(report, out)
 
     measured = measure(settings, command=shlex.join(["flash-llm", *sys.argv[1:]]), log_dir=out, on_change=on_change)
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(reports.table(measured))
-    for remark in reports.remarks(measured):
-        console.print(remark, highlight=False, markup=False)
+    _print_e2e(measured)
     if out is not None:
         for path in reports.write(measured, out, with_plot=can_plot()):
             _say(f"wrote {path}")
@@ -239,9 +236,16 @@ def e2e(
 
 
 def report(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The kernels.json of a run.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE", help="The kernels.json of a run, or one or more e2e.json of the same model and GPU."
+        ),
+    ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="PNG file to write: bars of speed-ups, a panel for each N.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG file to write: bars of speed-ups, or of e2e.json rates over batch.")
+    ] = None,
     plot_n: Annotated[Path | None, typer.Option(help="PNG file to write: times and speed-ups over N.")] = None,
     csv: Annotated[Path | None, typer.Option(help="CSV file to write.")] = None,
 ) -> None:
@@ -253,12 +257,28 @@ def report(
       flash-llm bench report results/kernels.json --markdown > table.md
       flash-llm bench report results/kernels.json --plot kernels.png
       flash-llm bench report results-n/kernels.json --plot-n kernels-n.png
+      flash-llm bench report results/e2e.json results-8-bit/e2e.json --markdown --plot e2e.png
     """
-    from flash_llm.bench import plots
+    from flash_llm.bench import e2e_report, plots
     from flash_llm.bench import report as reports
     from flash_llm.files import write_whole
 
-    read = reports.read(file)
+    if e2e_report.is_one(files[0]):
+        if plot_n is not None:
+            raise ValueError(f"--plot-n is for kernels.json, and {files[0]} is an e2e.json: --plot draws it")
+        joined = e2e_report.read(files)
+        if csv is not None:
+            write_whole(csv, e2e_report.csv_text(joined).encode())
+        if plot is not None:
+            write_whole(plot, e2e_report.plot(joined))
+        if markdown:
+            print(e2e_report.markdown(joined), end="")
+        else:
+            _print_e2e(joined)
+        return
+    if len(files) > 1:
+        raise ValueError(f"{len(files)} files: several are shown together only if all are an e2e.json; give one")
+    read = reports.read(files[0])
     if csv is not None:
         write_whole(csv, reports.csv_text(read).encode())
     if plot is not None:
@@ -336,6 +356,15 @@ def _print(report: Report) -> None:
         console.print()
         console.print(table)
     for remark in remarks(report):
+        console.print(remark, highlight=False, markup=False)
+
+
+def _print_e2e(report: Report) -> None:
+    from flash_llm.bench import e2e_report as reports
+
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(reports.table(report))
+    for remark in reports.remarks(report):
         console.print(remark, highlight=False, markup=False)
 
 

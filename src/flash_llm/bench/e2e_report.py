@@ -43,6 +43,38 @@ def label(kind: str) -> str:
         return kind.rstrip("/").rsplit("/", 1)[-1]
 
 
+def is_one(path: Path) -> bool:
+    """Whether a file is the report of ``flash-llm bench e2e``."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        return False
+    return isinstance(report, dict) and "settings" in report and "results" in report and "model" in report["settings"]
+
+
+def read(paths: list[Path]) -> Report:
+    """Reports from their JSON files, as one: the first one's environment and settings, and all results.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: one is no such report, or of another model or GPU than the first.
+    """
+    for path in paths:
+        if not is_one(path):
+            raise ValueError(f"{path} is no e2e.json of `flash-llm bench e2e`, and {paths[0]} is one: give one kind")
+    first, *others = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    for path, other in zip(paths[1:], others, strict=True):
+        for part, key in (("settings", "model"), ("environment", "gpu")):
+            if other[part].get(key) != first[part].get(key):
+                raise ValueError(
+                    f"{path} has {key} {other[part].get(key)!r}, and {paths[0]} {first[part].get(key)!r}: "
+                    f"show them one by one"
+                )
+        for name in ("results", "not_measured"):
+            first[name] += other[name]
+    return first
+
+
 def lines(report: Report) -> list[list[str]]:
     """The table's cells, row by row."""
     return [[cell(row) for _, cell in COLUMNS] for row in report["results"]]

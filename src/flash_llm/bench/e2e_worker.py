@@ -9,7 +9,7 @@ Appends lines of JSON to a file, each with its ``kind``: "environment", "results
 - ``time_per_output_token_ms``: mean time of the decode steps after that;
 - ``weight_bytes`` of one GPU, ``kv_cache_tokens`` that fit beside them, ``largest_batch`` of such requests;
 - ``start_s``: seconds to start, loading and compiling included;
-- ``breakdown_us``, if asked for: kernel time of a decode step by kind.
+- ``breakdown_us``, if asked for: kernel time by kind of a decode step in the middle of the output.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main(task_path: str) -> None:
             row = what | {"sparsity": sparsity(task["weights"]), "output_len": task["output_len"], **start, **memory}
             row |= {"largest_batch": largest} | timed(seconds, batch, input_len, task["output_len"], task["gpus"])
             if task["breakdown"]:
-                row["breakdown_us"] = _breakdown(llm, seconds, batch, input_len)
+                row["breakdown_us"] = _breakdown(llm, seconds, batch, input_len + task["output_len"] // 2)
             say("results", row)
 
 
@@ -145,12 +145,16 @@ def environment(llm: Any) -> dict[str, Any]:
 # Where a decode step's time goes.
 
 
-def _breakdown(llm: Any, seconds: Callable[[int, int, int], float], batch: int, input_len: int) -> dict[str, float]:
-    """Microseconds of a decode step by kind of kernel, on the first GPU: a run of many tokens less one of one token."""
+def _breakdown(llm: Any, seconds: Callable[[int, int, int], float], batch: int, context: int) -> dict[str, float]:
+    """Microseconds of a decode step by kind of kernel, on the first GPU: a run of many tokens less one of one token.
+
+    Args:
+        context: tokens before them. What attention reads grows with it.
+    """
 
     def kernels(output_len: int) -> dict[str, float]:
         llm.collective_rpc(e2e_inside.start_profile)
-        seconds(batch, input_len, output_len)
+        seconds(batch, context, output_len)
         return llm.collective_rpc(e2e_inside.stop_profile)[0]
 
     long, short = kernels(_PROFILED_TOKENS), kernels(1)
