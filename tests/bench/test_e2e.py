@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from flash_llm.bench import e2e, e2e_inside, e2e_report, e2e_worker
 from flash_llm.bench.e2e import Settings, engine_options, measure, model_config
+from flash_llm.cli import app
 
 
 def settings(**changes: Any) -> Settings:
@@ -189,6 +192,72 @@ def test_a_process_that_fails_gives_its_last_error(
     why = e2e.run_worker(settings(), "0.8", tmp_path, tmp_path, math.inf, lambda line: None)
     assert why == "ValueError: no memory for the KV cache"
     assert "loading" in (tmp_path / "e2e-0.8.log").read_text()
+
+
+def bench_report(*words: object) -> Any:
+    return CliRunner().invoke(app, ["bench", "report", *map(str, words)])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """Reports of the same model on the same GPU."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        e2e_report.write(measured(), tmp_path / name)
+    return tmp_path / "one" / "e2e.json", tmp_path / "two" / "e2e.json"
+
+
+def test_reports_of_one_model_are_shown_together(files: tuple[Path, Path], tmp_path: Path) -> None:
+    one, both = (bench_report(*some, "--markdown").stdout for some in (files[:1], files))
+    rows = [line for line in one.splitlines() if line.startswith(("| dense |", "| 80% zeros |"))]
+    assert [line for line in both.splitlines() if line in rows] == rows + rows
+    assert both.count("Not measured: int4: out of memory.") == 2
+    assert bench_report(*files, "--csv", tmp_path / "both.csv").exit_code == 0
+    assert len((tmp_path / "both.csv").read_text().splitlines()) == 1 + 2 * len(rows)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("environment", {"gpu": "H200"}, "has gpu 'H200', and .*'H100': show them one by one"),
+        ("settings", {"model": "opt-66b"}, "has model 'opt-66b'"),
+        ("settings", {"model": None}, "has model None"),
+    ],
+)
+def test_reports_that_do_not_belong_together_are_refused(
+    part: str, change: dict[str, Any], words: str, files: tuple[Path, Path]
+) -> None:
+    report = json.loads(files[1].read_text())
+    report[part] |= change
+    files[1].write_text(json.dumps(report))
+    refused = bench_report(*files)
+    assert refused.exit_code == 1
+    assert re.search(words, refused.stderr)
+
+
+def test_a_report_of_another_kind_is_refused_beside_them(files: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "kernels.json").write_text("{}")
+    assert "kernels.json is no e2e.json" in bench_report(files[0], tmp_path / "kernels.json").stderr
+    assert "give one" in bench_report(tmp_path / "kernels.json", files[0]).stderr
+    assert "--plot-n is for kernels.json" in bench_report(files[0], "--plot-n", tmp_path / "n.png").stderr
+
+
+def test_the_breakdown_is_of_the_middle_of_the_output() -> None:
+    """Kernel time of 16 steps: a run of 17 tokens less one of one, after the prompt and half of the output."""
+    asked: list[tuple[int, int, int]] = []
+
+    class Profiled:
+        def collective_rpc(self, function: Callable[..., Any]) -> list[dict[str, float]]:
+            tokens = asked[-1][2] if asked else 0
+            return [{"linear": 100.0 * tokens, "other": 5.0}]
+
+    def seconds(*what: int) -> float:
+        asked.append(what)  # type: ignore[arg-type]
+        return 1.0
+
+    found = e2e_worker._breakdown(Profiled(), seconds, 8, 64 + 256)
+    assert asked == [(8, 320, 17), (8, 320, 1)]
+    assert found == {"linear": 100.0, "other": 0.0}
 
 
 def test_the_plot_is_a_picture() -> None:

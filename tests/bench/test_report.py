@@ -171,11 +171,21 @@ def test_published_means_follow_from_their_results(path: Path) -> None:
         assert all(again_peers[name] == pytest.approx(peers[name]) for name in peers)
 
 
-def test_published_tables_are_printed_and_not_typed() -> None:
-    """docs/benchmarks.md holds what `flash-llm bench report docs/results/kernels-h100.json --markdown` prints."""
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("kernels-h100",),
+        ("e2e-opt-30b-h100", "e2e-opt-30b-second-h100"),
+        ("e2e-opt-66b-h100",),
+        ("e2e-opt-175b-h200",),
+    ],
+    ids=lambda names: names[0],
+)
+def test_published_tables_are_printed_and_not_typed(names: tuple[str, ...]) -> None:
+    """docs/benchmarks.md holds what `flash-llm bench report docs/results/FILE --markdown` prints."""
     page = (PUBLISHED.parent / "benchmarks.md").read_text(encoding="utf-8")
-    printed = run("report", PUBLISHED / "kernels-h100.json", "--markdown").stdout
-    assert printed.startswith("| geometric mean |")
+    printed = run("report", *(PUBLISHED / f"{name}.json" for name in names), "--markdown").stdout
+    assert printed.startswith(("| geometric mean |", "| weights |"))
     missing = [block for block in printed.strip().split("\n\n") if f"\n\n{block}\n\n" not in page]
     assert not missing, "docs/benchmarks.md lacks:\n\n" + "\n\n".join(missing)
 
