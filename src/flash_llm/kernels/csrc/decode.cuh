@@ -13,9 +13,6 @@
 #ifndef X8
 #define X8 0
 #endif
-#ifndef PLACE
-#define PLACE 0
-#endif
 #include "values.cuh"
 
 constexpr int LANES = 32;
@@ -59,18 +56,12 @@ struct Packets {
 #pragma unroll
       for (int r = 0; r < FULL; ++r) held[r] = load_stream(tile + r * LANES + lane);
       rest = FULL * LANES;
-#if PLACE
-#pragma unroll
-      for (int r = FULL; r < AHEAD; ++r) load_row(held[r], r, rest, lane);
-#endif
     } else {
 #pragma unroll
-      for (int r = 0; r < (PLACE ? AHEAD : FULL); ++r) load_row(held[r], r, rest, lane);
+      for (int r = 0; r < FULL; ++r) load_row(held[r], r, rest, lane);
     }
-#if !PLACE
 #pragma unroll
     for (int r = FULL; r < AHEAD; ++r) load_row(held[r], r, rest, lane);
-#endif
   }
 
   // A row that only some lanes have a packet in: theirs stand in the order of the lanes.

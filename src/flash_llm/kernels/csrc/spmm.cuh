@@ -47,25 +47,6 @@ struct Job {
   }
 };
 
-#ifndef EARLY
-#define EARLY 0
-#endif
-#ifndef PREFETCH
-#define PREFETCH 0
-#endif
-#ifndef HINT256
-#define HINT256 0
-#endif
-DEVICE uint32_t load_bitmap(const uint32_t* pointer) {
-#if HINT256
-  uint32_t value;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.b32 %0, [%1];" : "=r"(value) : "l"(pointer));
-  return value;
-#else
-  return load_stream(pointer);
-#endif
-}
-
 // A zero that the compiler takes for a number of each lane's own. What it knows to be the same in all lanes it may keep in
 // a uniform register: moving what was loaded there waits for all loads under way, the next tile's packets too, and a
 // condition that is the same for all becomes a branch around each load.
@@ -96,13 +77,8 @@ struct Cursor {
     }
   }
   DEVICE uint32_t word(const SpmmParams& p, int w, int lane) const {
-    if (RAGGED == 0 || w < RAGGED) return load_bitmap(bitmap + w * LANES);
+    if (RAGGED == 0 || w < RAGGED) return load_stream(bitmap + w * LANES);
     return load_stream_if_less(tile + lanes_zero(p, lane), p.tiles - 1, bitmap + w * LANES);
-  }
-  // Asks L2 for the bitmaps of the tile after this one, if it is of the same strip.
-  DEVICE void prefetch_next(const SpmmParams& p, int lane) const {
-    if (lane < TILE_WORDS && (tile + 1) * TILE_WORDS + lane < p.words)
-      prefetch_line(bitmap - lane + (TILE_WORDS + lane) * LANES);
   }
   // Where the tile's packets begin.
   DEVICE uint32_t packets(const SpmmParams& p, int lane) const { return __ldg(offset + lanes_zero(p, lane)); }
@@ -132,38 +108,14 @@ DEVICE PacketRows next_packet_rows(const uint32_t (&words)[TILE_WORDS], const ui
 // What is loaded is waited for together: a wait for shared memory, which decoding has many of, may be one for what is under
 // way from global memory, too. So of the first words nothing is asked for before the packets are.
 DEVICE void load_ahead(const SpmmParams& p, Packets<PACKETS_AHEAD, LIKELY_FULL>& packets, uint32_t& next_offset,
-                       uint32_t (&words)[TILE_WORDS], uint32_t (&later)[TILE_WORDS], uint32_t (&latest)[TILE_WORDS],
-                       const Cursor& ahead, int w, int lane) {
+                       uint32_t (&words)[TILE_WORDS], uint32_t (&later)[TILE_WORDS], const Cursor& ahead, int w, int lane) {
   words[w] = later[w];
-  if (w > LOAD_AFTER && w < TILE_WORDS - EARLY) later[w] = ahead.word(p, w, lane);
+  if (w > LOAD_AFTER) later[w] = ahead.word(p, w, lane);
   if (w != LOAD_AFTER) return;
-  const uint4* place = p.packets + next_offset;
-#if EARLY
-  const PacketRows rows = next_packet_rows(words, later);
-#pragma unroll
-  for (int v = 0; v < TILE_WORDS; ++v) {
-    if (v >= TILE_WORDS - EARLY)
-      latest[v] = ahead.word(p, v, lane);
-    else if (v <= LOAD_AFTER)
-      later[v] = ahead.word(p, v, lane);
-  }
-  next_offset = ahead.packets(p, lane);
-  if (PREFETCH) ahead.prefetch_next(p, lane);
-  packets.load(place, rows, lane);  // of the next tile
-#else
-  packets.load(place, next_packet_rows(words, later), lane);  // of the next tile
+  packets.load(p.packets + next_offset, next_packet_rows(words, later), lane);  // of the next tile
   next_offset = ahead.packets(p, lane);
 #pragma unroll
   for (int v = 0; v <= LOAD_AFTER; ++v) later[v] = ahead.word(p, v, lane);
-  if (PREFETCH) ahead.prefetch_next(p, lane);
-#endif
-}
-// After a tile's packets have been waited for.
-DEVICE void take_latest(uint32_t (&later)[TILE_WORDS], const uint32_t (&latest)[TILE_WORDS]) {
-#pragma unroll
-  for (int v = 0; v < TILE_WORDS; ++v) {
-    if (v >= TILE_WORDS - EARLY) later[v] = latest[v];
-  }
 }
 
 // A block's units begin here. The first blocks have a unit more than the others, and the late ones perhaps a unit less.

@@ -205,14 +205,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
   const uint32_t base = full + 128 + STAGES * X_SCALES + warp * p.column_bytes + lane * 4;
   Cursor ahead{tile, Job(p, job).row_block * WARPS + warp, end - begin};
   ahead.begin_strip(p, lane);
-  uint32_t words[TILE_WORDS], later[TILE_WORDS], latest[TILE_WORDS];
+  uint32_t words[TILE_WORDS], later[TILE_WORDS];
   Packets<PACKETS_AHEAD, LIKELY_FULL> packets = {};
 #pragma unroll
   for (int w = 0; w < TILE_WORDS; ++w) words[w] = ahead.word(p, w, lane);
   const uint32_t first_offset = ahead.packets(p, lane);
   ahead.advance(p, lane);
 #pragma unroll
-  for (int w = 0; w < TILE_WORDS; ++w) (w < TILE_WORDS - EARLY ? later : latest)[w] = ahead.word(p, w, lane);
+  for (int w = 0; w < TILE_WORDS; ++w) later[w] = ahead.word(p, w, lane);
   uint32_t next_offset = ahead.packets(p, lane);
   packets.load(p.packets + first_offset, packet_rows(words), lane);
   wait_dependencies();
@@ -229,7 +229,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
     multiplier.begin_job(sum);
     for (; unit < last; ++unit) {
       packets.store(base, lane);
-      take_latest(later, latest);
       ahead.advance(p, lane);  // to the tile after the next
       uint32_t column = base;
 #pragma unroll
@@ -249,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
             // Only now are all products of the piece before this one done.
             if (i == 0 && lane == 0 && (c > 0 || unit > begin))
               ring.release_before(X8 ? __float_as_uint(sum[N_BLOCKS - 1][3]) & never : products_done);
-            load_ahead(p, packets, next_offset, words, later, latest, ahead, w, lane);
+            load_ahead(p, packets, next_offset, words, later, ahead, w, lane);
           }
         }
         if (c == CHUNKS - 1) multiplier.finish_tile(ring);
