@@ -153,6 +153,21 @@ def test_compress_replaces_a_models_linear_layers(kind: str) -> None:
 
 @quietly
 @quietly
+@pytest.mark.parametrize("padding", [False, True])
+def test_torchs_encoder_layers_go_through_packed_ones(padding: bool) -> None:
+    """Without gradients they would take the quick way, which reads linear layers' weights by itself."""
+    layer = nn.TransformerEncoderLayer(64, 4, dim_feedforward=128, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2)).half().eval()
+    x = torch.randn(2, 5, 64).half()
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padding else None
+    expected = model[0](x, src_key_padding_mask=mask)  # with gradients: the usual way
+    assert len(compress(model).packed) == 4
+    with torch.no_grad(), pytest.warns(SlowPathWarning):
+        got = model[0](x, src_key_padding_mask=mask)
+    real = x.new_ones(2, 5, dtype=torch.bool) if mask is None else ~mask
+    torch.testing.assert_close(got[real], expected[real], rtol=2e-2, atol=2e-2)
+
+
 def test_a_layer_whose_weight_is_taken_out_of_it_stays_dense() -> None:
     """``nn.MultiheadAttention`` does that with its output layer, of a class that has ``nn.Linear``'s own forward."""
     torch.manual_seed(0)

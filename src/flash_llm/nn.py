@@ -199,9 +199,20 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts ``new`` in the place of the submodule called ``name``."""
+    """Puts ``new`` in the place of the submodule called ``name``.
+
+    Torch's own encoder layers have a quick way for inference that takes the weights out of their linear layers and
+    multiplies by itself. They are told not to go it.
+    """
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
+    while parent:
+        module = model.get_submodule(parent)
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # "its activation is another": one of the quick way's conditions
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        parent = parent.rpartition(".")[0]
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
