@@ -49,7 +49,8 @@ def is_one(path: Path) -> bool:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError):
         return False
-    return isinstance(report, dict) and "settings" in report and "results" in report and "model" in report["settings"]
+    settings = report.get("settings") if isinstance(report, dict) else None
+    return isinstance(settings, dict) and "model" in settings and "results" in report
 
 
 def read(paths: list[Path]) -> Report:
