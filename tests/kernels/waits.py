@@ -1,6 +1,7 @@
-"""Where the Hopper kernel, as compiled for a weight, waits for loads from global memory. Needs no GPU, but nvdisasm:
+"""Where the Hopper kernel, as compiled for a weight, waits for loads from global memory. Needs no GPU, but nvdisasm (pip
+install nvidia-cuda-nvdisasm, or CUDA's own):
 
-    python tests/kernels/waits.py 28672x7168 --sparsity 0.7 --n 64 --nvdisasm /usr/local/cuda/bin/nvdisasm
+    python tests/kernels/waits.py 28672x7168 --sparsity 0.7 --n 64
 
 Instructions wait for loads by one of six scoreboards, and a wait is for all loads on it. A tile's packets are to be
 waited for where they are stored to shared memory, before the first products of the next tile. Waits between the loads
@@ -11,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from contextlib import suppress
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 
@@ -44,6 +48,15 @@ class Instruction:
         return "HMMA" in self.text or "GMMA" in self.text
 
 
+def find_nvdisasm() -> str | None:
+    """The program of the installed package, else of the PATH, else None."""
+    with suppress(metadata.PackageNotFoundError):
+        found = [file for file in metadata.files("nvidia-cuda-nvdisasm") or () if file.name == "nvdisasm"]
+        if found:
+            return str(found[0].locate())
+    return shutil.which("nvdisasm")
+
+
 def disassembled(binary: bytes, nvdisasm: str) -> list[Instruction]:
     """All instructions of a kernel."""
     with tempfile.TemporaryDirectory() as folder:
@@ -52,6 +65,12 @@ def disassembled(binary: bytes, nvdisasm: str) -> list[Instruction]:
         text = subprocess.run([nvdisasm, "-hex", "-c", path], capture_output=True, text=True, check=True).stdout
     pairs = re.findall(r"/\*[0-9a-f]+\*/\s+([^;]+);\s+/\* 0x[0-9a-f]{16} \*/\s*/\* 0x([0-9a-f]{16}) \*/", text)
     return [Instruction(line, int(high, 16)) for line, high in pairs]
+
+
+def compiled(made: plan.SpmmPlan, nvdisasm: str) -> list[Instruction]:
+    """All instructions of a plan's kernel for Hopper."""
+    binary, _ = build.compile_cubin(made.source, made.defines, "sm_90a")
+    return disassembled(binary, nvdisasm)
 
 
 def waits(instructions: list[Instruction]) -> list[str]:
@@ -84,14 +103,15 @@ def main() -> int:
     parser.add_argument("--tile-words", default="4,6,8")
     parser.add_argument("--n", default="8,16,32,64,128")
     parser.add_argument("--values", default="16-bit")
-    parser.add_argument("--nvdisasm", default="nvdisasm")
     given = parser.parse_args()
+    nvdisasm = find_nvdisasm()
+    if nvdisasm is None:
+        parser.error("nvdisasm is neither installed nor on the PATH: pip install nvidia-cuda-nvdisasm")
     found = 0
     tiles = [int(size) for size in given.tile_words.split(",")]
     for shape, tile_words, n in product(parse_shapes(given.shapes), tiles, parse_ns(given.n)):
         made = chosen(shape, given.sparsity, tile_words, n, ValueKind(given.values))
-        binary, _ = build.compile_cubin(made.source, made.defines, "sm_90a")
-        lines = waits(disassembled(binary, given.nvdisasm))
+        lines = waits(compiled(made, nvdisasm))
         found += len(lines)
         print(f"{shape[0]}x{shape[1]}, tiles of {tile_words}, {n} rows of x: {'; '.join(lines) or 'none'}", flush=True)
     return int(found > 0)
