@@ -1,4 +1,4 @@
-"""No warp waits for global memory in the middle of a tile: read off the machine code, since the compiler decides that."""
+"""No warp waits for global memory in the middle of a tile: read off the machine code, as the compiler decides that."""
 
 from __future__ import annotations
 

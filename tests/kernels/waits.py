@@ -1,5 +1,5 @@
-"""Where the Hopper kernel, as compiled for a weight, waits for loads from global memory. Needs no GPU, but nvdisasm (pip
-install nvidia-cuda-nvdisasm, or CUDA's own):
+"""Where the Hopper kernel, as compiled for a weight, waits for loads from global memory. Needs no GPU, but nvdisasm
+(pip install nvidia-cuda-nvdisasm, or CUDA's own):
 
     python tests/kernels/waits.py 28672x7168 --sparsity 0.7 --n 64
 
