@@ -239,7 +239,7 @@ def sparse_engine_table(reports: list[dict[str, Any]]) -> list[str]:
 
 
 def _by_weights(each: tuple[str, Gpu, Row]) -> tuple[int, str, str, int]:
-    name, _, row = each
+    name, _, row = each  # shorter names are of smaller models
     return len(name), name, row["weights"], row["batch"]
 
 

@@ -151,8 +151,6 @@ def test_compress_replaces_a_models_linear_layers(kind: str) -> None:
     torch.testing.assert_close(logits(model), expected)
 
 
-@quietly
-@quietly
 @pytest.mark.parametrize("padding", [False, True])
 def test_torchs_encoder_layers_go_through_packed_ones(padding: bool) -> None:
     """Without gradients they would take the quick way, which reads linear layers' weights by itself."""
@@ -168,6 +166,7 @@ def test_torchs_encoder_layers_go_through_packed_ones(padding: bool) -> None:
     torch.testing.assert_close(got[real], expected[real], rtol=2e-2, atol=2e-2)
 
 
+@quietly
 def test_a_layer_whose_weight_is_taken_out_of_it_stays_dense() -> None:
     """``nn.MultiheadAttention`` does that with its output layer, of a class that has ``nn.Linear``'s own forward."""
     torch.manual_seed(0)

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -63,7 +62,7 @@ class Variant:
         packets = weight.values.numel() // weight.kind.packet_values
         sizes = (*weight.shape, packets, weight.max_packets, weight.tile_words, n, weight.dtype == torch.bfloat16)
         device = cuda.device_properties(weight.device.index)
-        with _changed(self.constants):
+        with patch.dict(vars(plan), self.constants):
             made = plan.spmm_plan(device, *sizes, values=weight.kind, **self.arguments)  # type: ignore[arg-type]
         if made.shared > device.shared_memory:
             raise ValueError(f"{made.shared} bytes of shared memory")
@@ -71,18 +70,6 @@ class Variant:
             larger, late = plan._uneven_shares(made.units, self.blocks)
             made = replace(made, blocks=self.blocks, larger=larger, late=late)
         return replace(made, defines=tuple(sorted((dict(made.defines) | self.defines).items())))
-
-
-@contextmanager
-def _changed(constants: dict[str, float]) -> Iterator[None]:
-    before = {name: getattr(plan, name) for name in constants}
-    for name, value in constants.items():
-        setattr(plan, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(plan, name, value)
 
 
 @dataclass
@@ -122,7 +109,7 @@ def main() -> None:
 def time_dense(meter: timing.CudaMeter, shape: tuple[int, int], ns: list[int]) -> dict[int, float]:
     """Microseconds of ``F.linear`` for each n."""
     weight = torch.randn(shape, device="cuda", dtype=torch.float16)
-    weights = [weight, *(weight.clone() for _ in range(timing.copies(weight.nbytes) - 1))]
+    weights = timing.rotated(weight, weight.clone)
     found = {}
     for n in ns:
         x = torch.randn(n, shape[1], device="cuda", dtype=weight.dtype)
@@ -141,10 +128,8 @@ def compare(
     """Prints a line for each n of ``dense_us``."""
     columns = [column(dense, variant, list(dense_us), values) for variant in variants]
     plans = {one for each in columns for one in each.plans.values() if not isinstance(one, str)}
-    launch.driver()  # imported once, before there are threads
-    with ThreadPoolExecutor() as threads:
-        arch = launch.architecture(0)
-        list(threads.map(lambda one: ahead.compiled(one.source, one.defines, arch), plans))
+    arch = launch.architecture(0)
+    wait(ahead.begin({(one.source, one.defines, arch) for one in plans}))
     for n, us in dense_us.items():
         x = torch.randn(n, dense.shape[1], device="cuda", dtype=dense.dtype)
         seen: dict[object, str] = {}
@@ -162,7 +147,7 @@ def compare(
 def column(dense: Tensor, variant: Variant, ns: list[int], values: str) -> Column:
     """Packs the weight as a variant wants it, and makes its plans."""
     packed = PackedWeight.from_dense(dense, tile_words=variant.tile_words, values=values)
-    weights = [packed, *(clone(packed) for _ in range(timing.copies(packed.nbytes) - 1))]
+    weights = timing.rotated(packed, functools.partial(clone, packed))
     plans: dict[int, plan.SpmmPlan | str] = {}
     for n in ns:
         try:

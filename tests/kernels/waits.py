@@ -22,11 +22,13 @@ from importlib import metadata
 from itertools import product
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from devices import DEVICES
 from flash_llm.bench.shapes import parse_ns, parse_shapes
 from flash_llm.kernels import build, plan
 from flash_llm.tensor.layout import LANES, WORD_BITS, ValueKind, ceil_div, grid
 
-H100 = plan.Device((9, 0), 132, 232448)
 NO_SCOREBOARD = 7
 
 
@@ -93,7 +95,7 @@ def chosen(shape: tuple[int, int], sparsity: float, tile_words: int, n: int, val
     nonzeros = WORD_BITS * tile_words * (1 - sparsity)
     most = ceil_div(int(nonzeros + 4 * (nonzeros * sparsity) ** 0.5), values.packet_values)
     packets = int(strips * tiles * LANES * (nonzeros / values.packet_values + 0.45))
-    return plan.spmm_plan(H100, *shape, packets, most, tile_words, n, False, values=values)
+    return plan.spmm_plan(DEVICES["H100"], *shape, packets, most, tile_words, n, False, values=values)
 
 
 def main() -> int:

@@ -263,32 +263,27 @@ def report(
     from flash_llm.bench import report as reports
     from flash_llm.files import write_whole
 
-    if e2e_report.is_one(files[0]):
+    of_model = e2e_report.read(files[0])
+    if of_model is not None:
         if plot_n is not None:
             raise ValueError(f"--plot-n is for kernels.json, and {files[0]} is an e2e.json: --plot draws it")
-        joined = e2e_report.read(files)
-        if csv is not None:
-            write_whole(csv, e2e_report.csv_text(joined).encode())
-        if plot is not None:
-            write_whole(plot, e2e_report.plot(joined))
-        if markdown:
-            print(e2e_report.markdown(joined), end="")
-        else:
-            _print_e2e(joined)
-        return
-    if len(files) > 1:
-        raise ValueError(f"{len(files)} files: several are shown together only if all are an e2e.json; give one")
-    read = reports.read(files[0])
+        read = e2e_report.join(of_model, files)
+        csv_text, as_markdown, draw, show = e2e_report.csv_text, e2e_report.markdown, e2e_report.plot, _print_e2e
+    else:
+        if len(files) > 1:
+            raise ValueError(f"{len(files)} files: several are shown together only if all are an e2e.json; give one")
+        read = reports.read(files[0])
+        csv_text, as_markdown, draw, show = reports.csv_text, reports.markdown, plots.speedups, _print
     if csv is not None:
-        write_whole(csv, reports.csv_text(read).encode())
+        write_whole(csv, csv_text(read).encode())
     if plot is not None:
-        write_whole(plot, plots.speedups(read))
+        write_whole(plot, draw(read))
     if plot_n is not None:
         write_whole(plot_n, plots.over_n(read))
     if markdown:
-        print(reports.markdown(read), end="")
+        print(as_markdown(read), end="")
     else:
-        _print(read)
+        show(read)
 
 
 def _settings(

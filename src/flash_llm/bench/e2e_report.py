@@ -43,28 +43,31 @@ def label(kind: str) -> str:
         return kind.rstrip("/").rsplit("/", 1)[-1]
 
 
-def is_one(path: Path) -> bool:
-    """Whether a file is the report of ``flash-llm bench e2e``."""
+def read(path: Path) -> Report | None:
+    """The report of ``flash-llm bench e2e`` in a file, or None if it holds something else.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError):
-        return False
+        return None
     settings = report.get("settings") if isinstance(report, dict) else None
-    return isinstance(settings, dict) and "model" in settings and "results" in report
+    return report if isinstance(settings, dict) and "model" in settings and "results" in report else None
 
 
-def read(paths: list[Path]) -> Report:
-    """Reports from their JSON files, as one: the first one's environment and settings, and all results.
+def join(first: Report, paths: list[Path]) -> Report:
+    """The first file's report with the results of all the others.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: one is no such report, or of another model or GPU than the first.
     """
-    for path in paths:
-        if not is_one(path):
+    for path in paths[1:]:
+        other = read(path)
+        if other is None:
             raise ValueError(f"{path} is no e2e.json of `flash-llm bench e2e`, and {paths[0]} is one: give one kind")
-    first, *others = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
-    for path, other in zip(paths[1:], others, strict=True):
         for part, key in (("settings", "model"), ("environment", "gpu")):
             if other[part].get(key) != first[part].get(key):
                 raise ValueError(

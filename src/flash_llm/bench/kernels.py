@@ -9,6 +9,7 @@ thousands of rows of x make a launch take milliseconds.
 from __future__ import annotations
 
 import datetime
+import functools
 import math
 import platform
 import time
@@ -195,7 +196,7 @@ def _random(shape: Shape, run: _Run, generator: torch.Generator) -> Tensor:
 def _dense(run: _Run, shape: Shape, xs: dict[int, Tensor], generator: torch.Generator) -> dict[int, Row]:
     """Microseconds of F.linear and of torch.mm(W, X^T) for every x: the best of both is what sparse is held against."""
     weight = _random(shape, run, generator)
-    weights = [weight] + [weight.clone() for _ in range(timing.copies(weight.nbytes) - 1)]
+    weights = timing.rotated(weight, weight.clone)
     launches = timing.launches(len(weights))
 
     def times(x: Tensor) -> Row:
@@ -219,7 +220,7 @@ def _sparsity(
     if weight.device.type == "cuda":
         wait(ahead.begin_weight(packed, xs))
     stored = weight if packed.scales is None else packed.to_dense(torch.float32)
-    weights = [packed] + [clone(packed) for _ in range(timing.copies(packed.nbytes) - 1)]
+    weights = timing.rotated(packed, functools.partial(clone, packed))
     rows: list[Row] = [
         {"rows": shape[0], "columns": shape[1], "sparsity": sparsity, "n": n, "dtype": _name(weight.dtype)}
         | {"values": packed.kind.value}
@@ -270,8 +271,7 @@ def clone(weight: PackedWeight) -> PackedWeight:
 def _peer(run: _Run, build: Callable[[Tensor], Peer], weight: Tensor, xs: dict[int, Tensor]) -> dict[int, Row]:
     """A peer's microseconds and error for every n, or what it says in refusing."""
     try:
-        first = build(weight)
-        built = [first] + [build(weight) for _ in range(timing.copies(first.nbytes) - 1)]
+        built = timing.rotated(build(weight), functools.partial(build, weight))
     except Exception as refusal:  # whatever torch raises: it is noted, and the others go on
         return {n: _refused(refusal) for n in xs}
     return {n: _peer_row(run, built, x, weight) for n, x in xs.items()}

@@ -6,7 +6,7 @@ import atexit
 import statistics
 from collections.abc import Callable
 from datetime import datetime
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -139,6 +139,21 @@ def _elapsed(run: Callable[[], object], before: Callable[[], object] | None = No
 def copies(nbytes: int) -> int:
     """How many copies of a weight of ``nbytes`` are gone through in turn: 400 MB of them, at least 2."""
     return min(MAX_COPIES, max(2, -(-ROTATED_BYTES // nbytes)))
+
+
+class Sized(Protocol):
+    """What has a size in bytes: a tensor, a packed weight."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+T = TypeVar("T", bound=Sized)
+
+
+def rotated(first: T, another: Callable[[], T]) -> list[T]:
+    """``first`` and as many others as are gone through in turn with it, each made by ``another()``."""
+    return [first, *(another() for _ in range(copies(first.nbytes) - 1))]
 
 
 def launches(count: int) -> int:

@@ -6,6 +6,7 @@ is found is kept in the cache folder (``kernels/tuned.py``), and taken from then
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -165,7 +166,7 @@ class Tuner:
                 seen.add(place)
                 plans[n] = found
         self.compile([plan for found in plans.values() for plan in found.values()])
-        weights = [weight, *(clone(weight) for _ in range(timing.copies(weight.nbytes) - 1))] if plans else []
+        weights = timing.rotated(weight, functools.partial(clone, weight)) if plans else []
         return [self._row(target.name, weights, numbers, n, found) for n, found in sorted(plans.items())]
 
     def _row(
