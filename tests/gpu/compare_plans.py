@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--sparsity", default="0.6,0.8")
     parser.add_argument("--n", default="8,16,32,64")
     parser.add_argument("--values", default="16-bit")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     variants = [Variant.parse(text) for text in ["", *given.variants]]
     meter = timing.CudaMeter()
     print(

@@ -12,6 +12,7 @@ from multiprocessing import get_context
 import pytest
 
 import devices
+import waits
 from flash_llm.kernels import build, plan
 from flash_llm.tensor.layout import LANE_CAPACITY, LANES, TILE_WORDS, WORD_BITS, ValueKind
 
@@ -58,6 +59,14 @@ def spmm(
     return chosen.source, chosen.defines, arch
 
 
+def random_zeros(
+    size: tuple[int, int], sparsity: float, tile_words: int, n: int, values: ValueKind = ValueKind.BITS16
+) -> Configuration:
+    """As it is planned for zeros at random, which a lane's packets follow from."""
+    chosen = waits.chosen(size, sparsity, tile_words, n, values)
+    return chosen.source, chosen.defines, "sm_90a"
+
+
 def split_x(tile_words: int, bf16: bool, values: ValueKind) -> Configuration:
     return "split_x.cu", plan.split_plan(16, 100, tile_words, bf16, values).defines, "sm_90a"
 
@@ -89,6 +98,17 @@ QUICK = [
         spmm("sm_90a", tile_words, n, bf16, size, size, values)
         for (tile_words, n, size), (bf16, values) in zip(
             product((4, 6, 10), (8, 16), (LARGE, SMALL)), 3 * KINDS, strict=True
+        )
+    ),
+    *(
+        random_zeros((36864, 9216), sparsity, tile_words, n)
+        for (sparsity, tile_words), n in product(((0.6, 4), (0.7, 6), (0.8, 8), (0.9, 12)), (8, 32, 128, 256))
+    ),
+    *(random_zeros((size, size), 0.8, 8, n) for size, n in product((4096, 7168), (8, 16, 64))),
+    *(
+        random_zeros((rows, columns), sparsity, tile_words, n, ValueKind.E4M3)
+        for (rows, columns), (sparsity, tile_words), n in product(
+            ((36864, 9216), (7168, 7168)), ((0.6, 4), (0.8, 8), (0.8, 10), (0.9, 16)), (8, 16)
         )
     ),
     *(split_x(tile_words, bf16, values) for tile_words, (bf16, values) in zip((1, 6, 10, 16), KINDS, strict=True)),

@@ -10,8 +10,8 @@
 #include "decode.cuh"
 
 // Compiled with TILE_WORDS, N_BLOCKS (of 8 rows of X), CHUNK_WORDS (columns of X that are streamed at a time, in words),
-// RAGGED (words of a strip's last tile, or 0 if it is whole), PACKETS_AHEAD and LIKELY_FULL (see Packets), WARPS, BF16
-// and VALUES (see values.cuh).
+// RAGGED (words of a strip's last tile, or 0 if it is whole), PACKETS_AHEAD and LIKELY_FULL (see Packets), EARLY (see
+// Weights), WARPS, BF16 and VALUES (see values.cuh).
 struct SpmmParams {
   const uint32_t* bitmap;
   const uint4* packets;
@@ -92,31 +92,82 @@ DEVICE void prefetch_bitmaps(const SpmmParams& p, int strip, int tile, int lane)
 }
 
 // The packets of the next tile are asked for after word LOAD_AFTER of this one: then the bitmaps that say where they are
-// have had some time to come, and most of the tile is left for the packets. By then `words` has the next tile's bitmaps up
-// to that word, and `later` the others.
+// have had some time to come, and most of the tile is left for the packets.
 constexpr int LOAD_AFTER = TILE_WORDS / 8;
 
-DEVICE PacketRows next_packet_rows(const uint32_t (&words)[TILE_WORDS], const uint32_t (&later)[TILE_WORDS]) {
-  uint32_t next[TILE_WORDS];
-#pragma unroll
-  for (int w = 0; w < TILE_WORDS; ++w) next[w] = w <= LOAD_AFTER ? words[w] : later[w];
-  return packet_rows(next);
-}
-
-// Once word w of a tile is multiplied, it makes room for the next tile's, and that for the one of the tile after it.
+// A warp's weights: the tile that is multiplied, and what is under way of the two after it.
 //
-// What is loaded is waited for together: a wait for shared memory, which decoding has many of, may be one for what is under
-// way from global memory, too. So of the first words nothing is asked for before the packets are.
-DEVICE void load_ahead(const SpmmParams& p, Packets<PACKETS_AHEAD, LIKELY_FULL>& packets, uint32_t& next_offset,
-                       uint32_t (&words)[TILE_WORDS], uint32_t (&later)[TILE_WORDS], const Cursor& ahead, int w, int lane) {
-  words[w] = later[w];
-  if (w > LOAD_AFTER) later[w] = ahead.word(p, w, lane);
-  if (w != LOAD_AFTER) return;
-  packets.load(p.packets + next_offset, next_packet_rows(words, later), lane);  // of the next tile
-  next_offset = ahead.packets(p, lane);
+// What is loaded is waited for together: by storing a tile's packets, and by a wait for shared memory, too, which decoding
+// has many of. So of the first words nothing is asked for before the packets are; and with EARLY all that is asked for
+// during a tile is asked for then. Else a bitmap word of the tile after the next is asked for when its register is free,
+// the last ones right before they are waited for.
+struct Weights {
+  Cursor cursor;  // at the tile whose bitmaps are asked for next
+  uint32_t words[TILE_WORDS];  // of this tile; those that were multiplied made room for the next one's
+  uint32_t later[TILE_WORDS];  // of the next tile; without EARLY those taken over make room for the one after it
+  uint32_t latest[EARLY ? TILE_WORDS : 1];  // of the tile after the next, with EARLY
+  Packets<PACKETS_AHEAD, LIKELY_FULL> packets;  // of this tile until they are stored, then of the next
+  uint32_t next_offset;  // where the next tile's packets begin
+
+  // Asks for the first tiles.
+  DEVICE Weights(const SpmmParams& p, int tile, int strip, int tiles, int lane)
+      : cursor{tile, strip, tiles}, packets{} {
+    cursor.begin_strip(p, lane);
+    ask_for(p, words, TILE_WORDS, lane);
+    const uint32_t first_offset = cursor.packets(p, lane);
+    cursor.advance(p, lane);
+    if constexpr (EARLY)
+      ask_for(p, latest, TILE_WORDS, lane);
+    else
+      ask_for(p, later, TILE_WORDS, lane);
+    next_offset = cursor.packets(p, lane);
+    packets.load(p.packets + first_offset, packet_rows(words), lane);
+  }
+
+  // Waits for the tile to multiply next, and has its values in shared memory.
+  DEVICE void begin_tile(const SpmmParams& p, uint32_t column, int lane) {
+    packets.store(column, lane);
+    if constexpr (EARLY) {
 #pragma unroll
-  for (int v = 0; v <= LOAD_AFTER; ++v) later[v] = ahead.word(p, v, lane);
-}
+      for (int w = 0; w < TILE_WORDS; ++w) later[w] = latest[w];
+    }
+    cursor.advance(p, lane);
+  }
+
+  // To be called once word w of the tile is multiplied: then it makes room for the next tile's.
+  DEVICE void load_ahead(const SpmmParams& p, int w, int lane) {
+    words[w] = later[w];
+    if (!EARLY && w > LOAD_AFTER) later[w] = cursor.word(p, w, lane);
+    if (w != LOAD_AFTER) return;
+    const uint4* next_packets = p.packets + next_offset;
+    const PacketRows rows = next_rows();
+    if constexpr (EARLY) {
+      // The packets last: with anything asked for after them, the compiler copies a bitmap, and that waits for all.
+      ask_for(p, latest, TILE_WORDS, lane);
+      next_offset = cursor.packets(p, lane);
+      packets.load(next_packets, rows, lane);
+    } else {
+      packets.load(next_packets, rows, lane);
+      next_offset = cursor.packets(p, lane);
+      ask_for(p, later, LOAD_AFTER + 1, lane);
+    }
+  }
+
+  template <int SIZE>
+  DEVICE void ask_for(const SpmmParams& p, uint32_t (&bitmaps)[SIZE], int count, int lane) const {
+#pragma unroll
+    for (int w = 0; w < SIZE; ++w)
+      if (w < count) bitmaps[w] = cursor.word(p, w, lane);
+  }
+
+  // The next tile's, after word LOAD_AFTER of this one.
+  DEVICE PacketRows next_rows() const {
+    uint32_t next[TILE_WORDS];
+#pragma unroll
+    for (int w = 0; w < TILE_WORDS; ++w) next[w] = w <= LOAD_AFTER ? words[w] : later[w];
+    return packet_rows(next);
+  }
+};
 
 // A block's units begin here. The first blocks have a unit more than the others, and the late ones perhaps a unit less.
 DEVICE int first_unit(const SpmmParams& p, int block) {

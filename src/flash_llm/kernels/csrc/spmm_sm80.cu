@@ -85,18 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) spmm(const __grid_const
   const Job begun(p, job);
 
   // The weights of the first tiles are on their way before X may be read.
-  Cursor ahead{tile, begun.row_block * WARPS + warp, end - begin};
-  ahead.begin_strip(p, lane);
-  uint32_t words[TILE_WORDS], later[TILE_WORDS];
-  Packets<PACKETS_AHEAD, LIKELY_FULL> packets = {};
-#pragma unroll
-  for (int w = 0; w < TILE_WORDS; ++w) words[w] = ahead.word(p, w, lane);
-  const uint32_t first_offset = ahead.packets(p, lane);
-  ahead.advance(p, lane);
-#pragma unroll
-  for (int w = 0; w < TILE_WORDS; ++w) later[w] = ahead.word(p, w, lane);
-  uint32_t next_offset = ahead.packets(p, lane);
-  packets.load(p.packets + first_offset, packet_rows(words), lane);
+  Weights weights(p, tile, begun.row_block * WARPS + warp, end - begin, lane);
 
   wait_dependencies();
   XCopy x_copy(p, x_stages, begun.n);
@@ -105,8 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) spmm(const __grid_const
   float sum[N_BLOCKS][4] = {};
 
   for (int unit = begin; unit < end; ++unit) {
-    packets.store(base, lane);
-    ahead.advance(p, lane);  // to the tile after the next
+    weights.begin_tile(p, base, lane);
     const bool last_tile = tile + 1 == p.tiles;
     uint32_t column = base;
 #pragma unroll
@@ -124,8 +112,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) spmm(const __grid_const
       for (int i = 0; i < CHUNK_WORDS; ++i) {
         const int w = c * CHUNK_WORDS + i;
         if (w < TILE_WORDS) {
-          multiply_word(sum, words[w], column, x + i * WORD_COLUMNS * 2);
-          load_ahead(p, packets, next_offset, words, later, ahead, w, lane);
+          multiply_word(sum, weights.words[w], column, x + i * WORD_COLUMNS * 2);
+          weights.load_ahead(p, w, lane);
         }
       }
       stage ^= X_STAGE;

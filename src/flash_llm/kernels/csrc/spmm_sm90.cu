@@ -203,18 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
 
   // The weights of the first tiles are on their way before X may be read.
   const uint32_t base = full + 128 + STAGES * X_SCALES + warp * p.column_bytes + lane * 4;
-  Cursor ahead{tile, Job(p, job).row_block * WARPS + warp, end - begin};
-  ahead.begin_strip(p, lane);
-  uint32_t words[TILE_WORDS], later[TILE_WORDS];
-  Packets<PACKETS_AHEAD, LIKELY_FULL> packets = {};
-#pragma unroll
-  for (int w = 0; w < TILE_WORDS; ++w) words[w] = ahead.word(p, w, lane);
-  const uint32_t first_offset = ahead.packets(p, lane);
-  ahead.advance(p, lane);
-#pragma unroll
-  for (int w = 0; w < TILE_WORDS; ++w) later[w] = ahead.word(p, w, lane);
-  uint32_t next_offset = ahead.packets(p, lane);
-  packets.load(p.packets + first_offset, packet_rows(words), lane);
+  Weights weights(p, tile, Job(p, job).row_block * WARPS + warp, end - begin, lane);
   wait_dependencies();
   float sum[N_BLOCKS][4] = {};
   Multiplier multiplier;
@@ -228,8 +217,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
     const int first = unit, last = min(end, (job + 1) * p.tiles);
     multiplier.begin_job(sum);
     for (; unit < last; ++unit) {
-      packets.store(base, lane);
-      ahead.advance(p, lane);  // to the tile after the next
+      weights.begin_tile(p, base, lane);
       uint32_t column = base;
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) {
@@ -242,13 +230,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
             if (i % GROUP == 0) {
               uint32_t a[GROUP][A_WORD];
 #pragma unroll
-              for (int g = 0; g < GROUP; ++g) expand_word(a[g], words[w + g], column);
+              for (int g = 0; g < GROUP; ++g) expand_word(a[g], weights.words[w + g], column);
               multiplier.multiply(sum, a, i, w == 0, w == 0 && unit == first);
             }
             // Only now are all products of the piece before this one done.
             if (i == 0 && lane == 0 && (c > 0 || unit > begin))
               ring.release_before(X8 ? __float_as_uint(sum[N_BLOCKS - 1][3]) & never : products_done);
-            load_ahead(p, packets, next_offset, words, later, ahead, w, lane);
+            weights.load_ahead(p, w, lane);
           }
         }
         if (c == CHUNKS - 1) multiplier.finish_tile(ring);
