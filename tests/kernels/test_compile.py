@@ -10,9 +10,9 @@ from itertools import product
 from multiprocessing import get_context
 
 import pytest
+import waits
 
 import devices
-import waits
 from flash_llm.kernels import build, plan
 from flash_llm.tensor.layout import LANE_CAPACITY, LANES, TILE_WORDS, WORD_BITS, ValueKind
 
