@@ -145,7 +145,7 @@ def spmm_plan(
         "BF16": int(bf16),
         "VALUES": values.code,
         **block.defines(tile_words),
-        "EARLY": int(_early(block, tile_words, values)),
+        "EARLY": int(_early(block, words % tile_words > 0, tile_words, values)),
         **_packets_ahead(block, packets // (strips * tiles * LANES), max_packets, tile_words, values),
     }
     return SpmmPlan(
@@ -248,13 +248,15 @@ def _block(
     return _Block(hopper, x8, n_blocks, warps, resident, chunk_words, stages, ring)
 
 
-def _early(block: _Block, tile_words: int, values: ValueKind) -> bool:
+def _early(block: _Block, ragged: bool, tile_words: int, values: ValueKind) -> bool:
     """Whether all that a tile asks for ahead is asked for early in it, for more registers, as was found quicker.
 
-    By 2 to 5 % at 32 rows of x with 16-bit values, and by 3 to 4 % at 8 rows with those of 8 bits.
+    By 2 to 5 % at 32 rows of x with 16-bit values, and by 3 to 4 % at 8 rows with those of 8 bits. But 16 rows are 4 to
+    8 % slower for it where a strip's last tile is smaller than the others.
     """
     if values is ValueKind.BITS16:
-        return block.hopper and tile_words <= _EARLY_TILE[block.wide]
+        slower = ragged and block.n_blocks == 2
+        return block.hopper and tile_words <= _EARLY_TILE[block.wide] and not slower
     return block.x8 and tile_words >= 8 * block.n_blocks
 
 
