@@ -72,7 +72,7 @@ def split_x(tile_words: int, bf16: bool, values: ValueKind) -> Configuration:
 
 
 QUICK = [
-    *(spmm("sm_90a", tile_words, n) for tile_words, n in product((1, 3, 5, 7, 10, 16), (8, 64, 96, 128, 256))),
+    *(spmm("sm_90a", tile_words, n) for tile_words, n in product((1, 3, 5, 7, 10, 12, 16), (8, 64, 96, 128, 256))),
     *(spmm("sm_90a", tile_words, n, bf16=True) for tile_words, n in ((6, 16), (8, 32))),
     *(spmm("sm_90a", *rest, rows=SMALL, columns=SMALL) for rest in product((2, 6, 12), (8, 16, 32))),
     *(spmm("sm_80", tile_words, n) for tile_words, n in product((1, 5, 16), (8, 64))),

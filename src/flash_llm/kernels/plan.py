@@ -52,7 +52,8 @@ _SMALL_CYCLES = {  # by blocks of n, warps and resident: what _small_blocks reck
     (8, 4, 2): (63, 165, 5760, 765),
 }
 _SMALL_TILE = {True: 20, False: 7}  # 16-bit values or not; words of a tile times blocks of n
-_EARLY_TILE = {False: 12, True: 8}  # wide or not: words of a tile, up to which it is quicker to load early
+_EARLY_TILE = {1: 12, 2: 12, 4: 12, 8: 10}  # by blocks of n: words of a tile, up to which it is quicker to load early
+_WIDE_EARLY_TILE = 8  # the same for more than 64 rows of x at a time; registers don't suffice for more
 _CHUNK_WORDS = {True: {1: 4, 2: 4, 4: 2, 8: 2}, False: {1: 8, 2: 8, 4: 4, 8: 2}}  # Hopper or not; blocks of n
 
 
@@ -256,7 +257,7 @@ def _early(block: _Block, ragged: bool, tile_words: int, values: ValueKind) -> b
     """
     if values is ValueKind.BITS16:
         slower = ragged and block.n_blocks == 2
-        return block.hopper and tile_words <= _EARLY_TILE[block.wide] and not slower
+        return block.hopper and tile_words <= _EARLY_TILE.get(block.n_blocks, _WIDE_EARLY_TILE) and not slower
     return block.x8 and tile_words >= 8 * block.n_blocks
 
 
