@@ -188,6 +188,17 @@ def test_a_base_models_folder_can_be_pruned(make_model: Make, text: Path, tmp_pa
         assert torch.equal(without[name], with_prefix["transformer." + name])
 
 
+def test_a_single_file_goes_before_stale_shards(make_model: Make, tmp_path: Path) -> None:
+    """As in transformers: a model was saved anew into the folder of an older one."""
+    source, new = make_model("llama"), make_model("llama", shard="1GB")
+    (source / "model.safetensors").write_bytes((new / "model.safetensors").read_bytes())
+    for shard in source.glob("model-*.safetensors"):
+        shard.write_bytes(b"stale")
+    prune_folder(source, tmp_path / "a", "magnitude", progress=False)
+    prune_folder(new, tmp_path / "b", "magnitude", progress=False)
+    assert all(torch.equal(tensor, tensors(tmp_path / "b")[name]) for name, tensor in tensors(tmp_path / "a").items())
+
+
 def test_the_skeleton_holds_no_weights(make_model: Make) -> None:
     skeleton = Skeleton(SourceFolder(make_model("llama")), torch.float32, torch.device("cpu"))
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())

@@ -62,8 +62,8 @@ class SourceFolder:
         return shards
 
     def copy_index(self, target: Path) -> None:
-        """Copy the index of the shards into a folder that has the same ones, if there is one."""
-        if (self.folder / _INDEX).is_file():
+        """Copy the index of the shards into a folder that has the same ones, if they have one."""
+        if _SINGLE not in self._open:
             shutil.copyfile(self.folder / _INDEX, target / _INDEX)
 
     @property
@@ -138,10 +138,13 @@ class SourceFolder:
         return config
 
     def _shards(self) -> dict[str, list[str] | None]:
-        """Names of the tensors in each shard; None where only the shard knows."""
+        """Names of the tensors in each shard; None where only the shard knows.
+
+        Where there are both, the single file is the model, as transformers reads it.
+        """
+        if (self.folder / _SINGLE).is_file():
+            return {_SINGLE: None}
         if not (self.folder / _INDEX).is_file():
-            if (self.folder / _SINGLE).is_file():
-                return {_SINGLE: None}
             raise CheckpointError(
                 f"{self.folder} has neither {_SINGLE} nor {_INDEX}; only safetensors are read "
                 "(save_pretrained of transformers writes them)."
