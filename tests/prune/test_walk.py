@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DbrxConfig, Gemma3Config, MixtralConfig
 from transformers.pytorch_utils import Conv1D
 
 from flash_llm.errors import CheckpointError
@@ -19,7 +19,7 @@ from flash_llm.prune.skeleton import Skeleton
 from flash_llm.prune.source import SourceFolder
 from flash_llm.prune.statistics import Collector
 
-from .conftest import BLOCKS, CONFIGS, tensors
+from .conftest import BLOCKS, CONFIGS, save_tokenizer, tensors
 
 Make = Callable[..., Path]
 
@@ -167,10 +167,55 @@ def test_experts_that_stay_dense_are_spoken_of(tmp_path: Path) -> None:
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1}
     config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=3)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    with pytest.warns(UserWarning, match=f"{3 * 3 * 40 * 32:,} weights of experts stay as they are"):
+    with pytest.warns(UserWarning, match=f"{3 * 3 * 40 * 32:,} weights of merged tensors, experts for"):
         report = prune_folder(tmp_path / "model", tmp_path / "out", "magnitude", 0.5, progress=False)
     assert report.weights == 2 * 32 * 32 + 2 * 16 * 32
     assert "merged tensors" in report.warnings[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*merged tensors")
+def test_wanda_goes_through_experts_that_are_stored_one_by_one(text: Path, tmp_path: Path) -> None:
+    """transformers merges them at load; they stay dense."""
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=3)
+    source, out = tmp_path / "model", tmp_path / "out"
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    save_tokenizer(source)
+    calibration = CalibrationConfig(str(text), samples=3, seqlen=16)
+    report = prune_folder(source, out, "wanda", 0.5, calibration=calibration, progress=False)
+    expected = wanda_reference(source, "model.layers", windows_of(source, calibration), 0.5)
+    before, got = tensors(source), tensors(out)
+    assert got.keys() == before.keys()
+    assert [name for name in got if not torch.equal(got[name], expected.get(name, before[name]))] == []
+    assert len(report.layers) == 3 * 4
+
+
+def test_layers_that_the_folder_has_under_other_names_are_found(make_model: Make, text: Path, tmp_path: Path) -> None:
+    """GPT-NeoX stores its head as embed_out."""
+    source = make_model("gpt_neox")
+    calibration = CalibrationConfig(str(text), samples=3, seqlen=16)
+    report = prune_folder(source, tmp_path / "out", calibration=calibration, include_lm_head=True, progress=False)
+    assert (tensors(tmp_path / "out")["embed_out.weight"] == 0).sum() == report.layers["lm_head"].zeros > 0
+
+
+def test_experts_that_are_one_tall_matrix_are_spoken_of(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 50, "d_model": 32, "n_heads": 2, "n_layers": 1, "max_seq_len": 64}
+    experts = {"hidden_size": 32, "ffn_hidden_size": 40, "moe_num_experts": 3, "moe_top_k": 1}
+    config = DbrxConfig(**sizes, ffn_config=experts, attn_config={"kv_n_heads": 1, "rope_theta": 1e4})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.warns(UserWarning, match=f"{3 * 3 * 40 * 32:,} weights of merged tensors"):
+        prune_folder(tmp_path / "model", tmp_path / "out", "magnitude", 0.5, progress=False)
+
+
+def test_the_language_model_is_pruned_not_a_larger_vision_tower(tmp_path: Path) -> None:
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    text = heads | {"vocab_size": 50, "hidden_size": 32, "num_key_value_heads": 1, "head_dim": 16}
+    vision = heads | {"num_hidden_layers": 4, "hidden_size": 128, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    report = prune_folder(tmp_path / "model", tmp_path / "out", "magnitude", 0.5, progress=False)
+    assert len(report.layers) == 2 * 7
+    assert all("language_model.layers" in name for name in report.layers)
 
 
 def test_a_base_models_folder_can_be_pruned(make_model: Make, text: Path, tmp_path: Path) -> None:

@@ -257,23 +257,34 @@ def _plan(skeleton: Skeleton, include_lm_head: bool, skip: Sequence[str]) -> lis
             raise ValueError(f"skip: {text!r} is found in no layer's name; names are like {everything[0]!r}.")
     for stage in stages:
         kept = [name for name in names[stage.module] if not any(p.search(name) for p in patterns.values())]
-        stage.layers = {name: skeleton.check_weight(name) for name in kept}
+        stage.layers = {name: skeleton.check_weight(name) for name in kept if not skeleton.parts(name + ".weight")}
     if not any(stage.layers for stage in stages):
-        raise ValueError(f"skip={list(skip)} leaves no layer to prune.")
+        raise ValueError(
+            f"skip={list(skip)} leaves no layer to prune; those whose weights are stored merged with others or in "
+            "parts can't be pruned."
+        )
     return stages
 
 
 def _left_dense(skeleton: Skeleton) -> list[str]:
-    """A note, which is also a warning, if experts hold weights that stay as they are."""
+    """Notes, which are also warnings, if experts or the like hold weights that stay as they are."""
+    notes: list[str] = []
     fused = {name: size for block in skeleton.block_names for name, size in skeleton.fused(block).items()}
-    if not fused:
-        return []
-    note = (
-        f"{sum(fused.values()):,} weights of experts stay as they are, {next(iter(fused))} for one: the model keeps "
-        "them in merged tensors, and only linear layers are pruned."
-    )
-    warnings.warn(note, stacklevel=3)
-    return [note]
+    if fused:
+        notes.append(
+            f"{sum(fused.values()):,} weights of merged tensors, experts for example, stay as they are "
+            f"({next(iter(fused))} for one): only linear layers are pruned."
+        )
+    linears = [f"{name}.weight" for block in skeleton.block_names for name in skeleton.linears(block)]
+    if converted := {name: parts for name in linears if (parts := skeleton.parts(name))}:
+        name, parts = next(iter(converted.items()))
+        notes.append(
+            f"{len(converted)} linear layers stay as they are: the folder stores them merged with others or in parts "
+            f"({name} for one, in {parts[0]})."
+        )
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return notes
 
 
 def _windows(

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flash_llm.errors import CheckpointError
 from flash_llm.prune.source import SourceFolder
+from flash_llm.prune.stored import StoredTensors
 
 
 class Skeleton:
@@ -40,6 +41,7 @@ class Skeleton:
         except (ValueError, ImportError, KeyError) as error:
             raise CheckpointError(f"{source.folder} is no causal language model of transformers: {error}") from error
         self.model: PreTrainedModel = model.eval()
+        self._stored = StoredTensors(model, source)
         self.block_names = block_names(model)
         if not self.block_names:
             raise CheckpointError(
@@ -79,20 +81,31 @@ class Skeleton:
         return {name: module for name, module in found if isinstance(module, (nn.Linear, Conv1D))}
 
     def fused(self, prefix: str) -> dict[str, int]:
-        """Weights under the module ``prefix`` that are in no linear layer but in stacks of matrices: merged experts."""
-        found = self.model.get_submodule(prefix).named_parameters(prefix=prefix)
-        return {name: p.numel() for name, p in found if p.dim() == 3 and min(p.shape) > 1}
+        """Weights under the module ``prefix`` that are in no layer but in merged matrices: experts, for example.
+
+        These are three-dimensional, or matrices at least as wide and as high as the hidden states are wide: a router
+        is not.
+        """
+        found: dict[str, int] = {}
+        for name, module in self.model.get_submodule(prefix).named_modules(prefix=prefix):
+            if isinstance(module, (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                continue
+            for leaf, p in module.named_parameters(recurse=False):
+                if p.dim() >= 2 and min(p.shape) >= (self.embedding_shape[1] if p.dim() == 2 else 2):
+                    found[f"{name}.{leaf}"] = p.numel()
+        return found
 
     def key(self, name: str) -> str | None:
-        """Under which name the source stores a parameter; None if it doesn't."""
-        return next((key for key in self._spellings(name) if key in self.source), None)
+        """Under which name the source stores a parameter; None if it doesn't, or merged with others or in parts."""
+        return self._stored.key(name)
+
+    def parts(self, name: str) -> list[str]:
+        """The source's names of the tensors that a parameter is merged from or is a part of."""
+        return self._stored.parts(name)
 
     def keys_under(self, prefix: str) -> list[str]:
         """All names that the source stores for the module ``prefix``."""
-        for spelling in self._spellings(prefix + "."):
-            if keys := [key for key in self.source.names if key.startswith(spelling)]:
-                return keys
-        return []
+        return self._stored.under(prefix)
 
     @contextmanager
     def loaded(self, prefix: str, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[nn.Module]:
@@ -134,39 +147,61 @@ class Skeleton:
         if key is None:
             raise CheckpointError(
                 f"{self.source.folder} has no tensor for {name}: it is incomplete, or stores this architecture "
-                f"({self.source.config.model_type}) in a way that is not supported (fused experts, say)."
+                f"({self.source.config.model_type}) in a way that is not supported."
             )
+        self._check_shape(key, self.source.shape(key), name)
+        self._check_floating(key)
+        return key
+
+    def _check_shape(self, what: str, shape: list[int], name: str) -> None:
         expected = list(self.model.get_parameter(name).shape)
-        if (shape := self.source.shape(key)) != expected:
-            raise CheckpointError(f"{self.source.folder}: {key} is {shape}, but config.json makes it {expected}.")
+        if shape != expected:
+            raise CheckpointError(f"{self.source.folder}: {what} is {shape}, but config.json makes it {expected}.")
+
+    def _check_floating(self, key: str) -> None:
         if not self.source.is_floating(key):
             raise CheckpointError(
                 f"{self.source.folder}: {key} is stored as {self.source.stored_dtype(key)}; only models in float16, "
                 "bfloat16, float32 or float64 can be pruned. Take the unquantised original."
             )
-        return key
 
     def _read(self, name: str) -> Tensor:
-        return self.source.read(self._checked_key(name)).to(self.device, self.dtype)
+        parts = self.parts(name)
+        if parts:
+            for key in parts:
+                self._check_floating(key)
+            value = self._stored.merged(name)
+            self._check_shape(name, list(value.shape), name)
+        else:
+            value = self.source.read(self._checked_key(name))
+        return value.to(self.device, self.dtype)
 
     def _set(self, name: str, value: Tensor) -> None:
         owner, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(owner), leaf, value)
 
-    def _spellings(self, name: str) -> list[str]:
-        """A base model's folder lacks the prefix (``model.``, ``transformer.``) that the model with a head has."""
-        prefix = self.model.base_model_prefix + "."
-        return [name, name.removeprefix(prefix), prefix + name]
-
 
 def block_names(model: nn.Module) -> list[str]:
-    """Names of a model's repeated blocks: the list of modules that holds most parameters. Empty if there is none."""
+    """Names of a model's repeated blocks: the list of modules that holds most parameters. Empty if there is none.
+
+    Of a model that also sees or hears, only the text decoder is searched.
+    """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in lists.items()}
+    prefix = _decoder_prefix(model)
+    # What transformers takes for the decoder may be the head, which has no blocks.
+    sizes = {name: size for name, size in sizes.items() if name.startswith(prefix)} or sizes
     if not sizes or not max(sizes.values()):
         return []
     largest = max(sizes, key=lambda name: sizes[name])
     return [f"{largest}.{index}" for index in range(len(lists[largest]))]
+
+
+def _decoder_prefix(model: nn.Module) -> str:
+    """What the names in the text decoder begin with; empty if there is none apart from the rest."""
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    return name + "." if name else ""
 
 
 @contextmanager
