@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flash_llm import ops
 from flash_llm.errors import SlowPathWarning
+from flash_llm.staying_dense import output_layer, staying_dense
 from flash_llm.tensor import PackedWeight, ValueKind, empty_state, parse_metadata
 from flash_llm.tensor.layout import VALUE_DTYPES
 
@@ -32,7 +33,11 @@ EXPANDED = (
 """What is said where weights are, of the layers."""
 
 DEFAULT_SKIP = (r"(^|\.)lm_head$", r"(^|\.)embed_out$", r"(^|\.)score$")
-"""Layers that stay dense unless asked: regular expressions searched in the layers' names."""
+"""Layers that stay dense unless asked: regular expressions searched in the layers' names. They stand for the output
+layer, which stays dense with them whatever its name is."""
+
+OUTPUT_LAYER = "it is the output layer"
+"""Why a layer is left out with ``DEFAULT_SKIP``."""
 
 
 class SparseLinear(nn.Module):
@@ -153,6 +158,9 @@ def compress(
 ) -> CompressReport:
     """Replaces a model's linear layers by :class:`SparseLinear`, in place.
 
+    Layers whose weight others need as a tensor stay dense (``flash_llm.staying_dense``), and so do float32 ones among
+    others of 16 bits. A model of transformers can be saved afterwards as a compressed folder, by ``save_pretrained``.
+
     Args:
         model: any module; its ``nn.Linear`` layers are replaced, each on its own device.
         skip: regular expressions; a layer whose name one of them is found in stays dense.
@@ -165,8 +173,21 @@ def compress(
         ValueError: the model has no linear layer at all, or is itself one; unknown ``values``.
         TypeError: a layer's weight is neither float16 nor bfloat16. The model is then as it was.
     """
+    report = pack_linears(model, skip, values)
+    if hasattr(model, "save_pretrained"):
+        from flash_llm.integrations.transformers import make_savable  # here, as it imports this
+
+        make_savable(model, report)
+    return report
+
+
+def pack_linears(model: nn.Module, skip: Iterable[str], values: str | ValueKind) -> CompressReport:
+    """:func:`compress`, but for telling transformers of it."""
+    skip = tuple(skip)
     patterns, kind = [re.compile(pattern) for pattern in skip], ValueKind(values)
     report = CompressReport()
+    must = staying_dense(model)
+    head = output_layer(model) if set(DEFAULT_SKIP) <= set(skip) else None
     # Names and dtypes, no modules: so each dense weight's memory is free once it is replaced.
     linears = {name: module.weight.dtype for name, module in model.named_modules() if is_plain(module)}
     if not linears:
@@ -177,6 +198,12 @@ def compress(
         matched = next((p.pattern for p in patterns if p.search(name)), None)
         if matched is not None:
             report.skipped[name] = f"its name matches {matched!r}"
+        elif name == head:
+            report.skipped[name] = OUTPUT_LAYER
+        elif name in must:
+            report.skipped[name] = must[name]
+        elif dtype == torch.float32 and any(other in VALUE_DTYPES for other in linears.values()):
+            report.skipped[name] = "it is in float32, and other layers are not"
         elif dtype not in VALUE_DTYPES:
             raise TypeError(
                 f"{name} has weights of {dtype}, which can't be packed; convert the model to float16 or "

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flash_llm.errors import CheckpointError
 from flash_llm.nn import BUFFERS, is_plain
+from flash_llm.staying_dense import output_layer, staying_dense
 from flash_llm.tensor.layout import VALUE_DTYPES
 
 
@@ -32,7 +33,7 @@ def meta_model(path: Path, architectures: Iterable[str] = ()) -> PreTrainedModel
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         config.__dict__.pop("quantization_config", None)
         with torch.device("meta"):
-            return model_class(config) if model_class else AutoModelForCausalLM.from_config(config)
+            return (model_class._from_config if model_class else AutoModelForCausalLM.from_config)(config)
     except Exception as error:  # whatever a strange config makes transformers raise
         raise CheckpointError(
             f"{path} is no model that transformers {transformers.__version__} can build without custom code: {error}"
@@ -76,10 +77,12 @@ class Linears:
     Attributes:
         layers: those whose weight is one tensor of the checkpoint, and the names of their modules.
         other: those that can't be packed, and why.
+        head: the output layer, if it is one of ``layers``.
     """
 
     layers: dict[str, str] = field(default_factory=dict)
     other: dict[str, str] = field(default_factory=dict)
+    head: str | None = None
 
 
 def find_linears(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Linears:
@@ -95,6 +98,8 @@ def find_linears(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
         raise ValueError(f"{type(model).__name__} has no linear layers to compress")
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     in_float32 = kept_in_float32(model, torch.float16)
+    must, head = staying_dense(model), output_layer(model)
+    in_16_bits = any(linear.weight.dtype in VALUE_DTYPES for linear in linears.values())
     found, seen = Linears(), set()
     for tensor in shapes:
         target, converted = names.target(tensor)
@@ -117,12 +122,16 @@ def find_linears(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
             found.other[layer] = f"it is a special linear layer, {type(linear).__name__}"
         elif target in tied:
             found.other[layer] = "its weight is shared with another layer"
-        elif in_float32(target):
+        elif module in must:
+            found.other[layer] = must[module]
+        elif in_float32(target) or (in_16_bits and linear.weight.dtype == torch.float32):
             found.other[layer] = f"{type(model).__name__} keeps it in float32"
         elif names.layer(layer) != module:
             found.other[layer] = "transformers renames its tensors one by one at load"
         else:
             found.layers[layer] = module
+            if module == head:
+                found.head = layer
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):
             found.other[name] = "it is a Conv1D, which has its weight the other way round"

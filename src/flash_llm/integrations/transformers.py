@@ -38,10 +38,11 @@ from flash_llm.folder import CONFIG, TensorFiles, config_digest
 from flash_llm.nn import (
     BUFFERS,
     DEFAULT_SKIP,
+    CompressReport,
     SparseLinear,
-    compress,
     expand_on_cpu,
     is_plain,
+    pack_linears,
     replace_module,
     sparse_layers,
 )
@@ -204,8 +205,7 @@ class FlashLLMQuantizer(HfQuantizer):
                 "a dense model can be packed at load on one device only, not over a device_map of several; compress "
                 "its folder first with flash_llm.checkpoint.compress_folder, and load that"
             )
-        report = compress(model, self.config.skip, self.config.values)
-        self.config.record = make_record({}, report.skipped, {}, None)
+        self.config.record = unsaved_record(pack_linears(model, self.config.skip, self.config.values))
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What ``save_pretrained`` is to write. Updates the record, which it writes next, to match."""
@@ -247,6 +247,27 @@ class FlashLLMQuantizer(HfQuantizer):
             linear.register_parameter("bias", layer.bias)
             replace_module(model, name, linear)
         return model
+
+
+def unsaved_record(report: CompressReport) -> dict[str, Any]:
+    """Of a model that was packed in memory: saving it makes the rest."""
+    return make_record({}, report.skipped, {}, None)
+
+
+def make_savable(model: Any, report: CompressReport) -> None:
+    """Has ``save_pretrained`` write a model of transformers, whose layers were packed, as a compressed folder.
+
+    Without it the files would have packed tensors and no word of them, and load with random weights in their place.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not report.packed:
+        return
+    quantizer = FlashLLMQuantizer(FlashLLMConfig())
+    quantizer.config.record = unsaved_record(report)
+    quantizer.dtype = model.dtype
+    vars(model)["hf_quantizer"] = quantizer
+    model.config.quantization_config = quantizer.config
 
 
 def _tensors(layer: SparseLinear) -> dict[str, Tensor]:
