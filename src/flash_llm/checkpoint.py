@@ -201,6 +201,8 @@ def compress_folder(
     infos = {name: folder.info(name) for name in folder.names}
     report = FolderReport()
     candidates = _candidates(folder, infos, skip, report)
+    if not candidates:
+        raise ValueError(f"{folder.path}: none of its layers can be packed{_examples(report.skipped)}")
     target = _target_dtype(infos, candidates, dtype, report)
     report.source_nbytes = sum(info.nbytes for info in infos.values())
     pack = _Packer(device, min_sparsity, kind, _known_scales(folder, kind))
@@ -222,7 +224,7 @@ def compress_folder(
                 report.skipped[layer] = weight
             _add_dense(writer, checksums, name, tensor)
         if not layers:
-            raise ValueError(_nothing_packed(folder, report))
+            raise ValueError(_nothing_gained(folder, report, candidates))
         first = min(layers)  # by name; what it is for: see the module's docstring
         _add_dense(writer, checksums, f"{first}.weight", torch.empty(0, dtype=getattr(torch, layers[first]["dtype"])))
         writer.close()
@@ -655,13 +657,21 @@ def _estimate(
     return total
 
 
-def _nothing_packed(folder: ModelFolder, report: FolderReport) -> str:
-    example = next(iter(report.skipped.items()), None)
-    reason = f" ({example[0]}: {example[1]})" if example else ""
+def _nothing_gained(folder: ModelFolder, report: FolderReport, candidates: set[str]) -> str:
+    reasons = {name: reason for name, reason in report.skipped.items() if f"{name}.weight" in candidates}
     return (
-        f"{folder.path}: no layer can be packed or would gain by it{reason}. Prune the model first, with "
-        f"flash_llm.prune; or pack all the same with min_sparsity=0"
+        f"{folder.path}: no layer would gain by being packed{_examples(reasons)}. Prune the model first, with "
+        f"`flash-llm prune` or flash_llm.prune; or pack all the same, with --min-sparsity 0 or min_sparsity=0"
     )
+
+
+def _examples(reasons: Mapping[str, str]) -> str:
+    """For each reason the first layer that stays dense for it."""
+    first: dict[str, str] = {}
+    for name, reason in reasons.items():
+        first.setdefault(reason, name)
+    shown = [f"{name}: {reason}" for reason, name in first.items()][:3]
+    return f" ({'; '.join(shown)})" if shown else ""
 
 
 def _add_dense(writer: ShardWriter, checksums: dict[str, str], name: str, tensor: Tensor) -> None:

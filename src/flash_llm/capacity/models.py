@@ -208,7 +208,10 @@ def _require_fields(path: Path, raw: Any, config: PreTrainedConfig) -> None:
     spellings = {name: {name, config.attribute_map.get(name, name)} for name in names}
     lacking = [name for name, spelled in spellings.items() if not any(raw.get(word) is not None for word in spelled)]
     if lacking:
-        raise CheckpointError(f"{path} lacks {', '.join(lacking)}, without which the model's size isn't known: add it")
+        raise CheckpointError(
+            f"{path} lacks {', '.join(lacking)}, without which the model's size isn't known: add it (models without "
+            "attention can't be planned)"
+        )
 
 
 def describe(name: str, model: PreTrainedModel) -> ModelShape:
@@ -283,17 +286,21 @@ def _caches(name: str, model: PreTrainedModel) -> tuple[Cache, ...]:
     config = model.config.get_text_config()
     padding = config.pad_token_id
     try:
-        config.pad_token_id = None  # else some models look for it in the prompt, which has no values
-        with torch.device("meta"), torch.no_grad():
-            output: Any = model.__call__(torch.zeros(1, 1, dtype=torch.long), use_cache=True)
-        return tuple(_cache(layer) for layer in output.past_key_values.layers)
-    except Exception as error:  # whatever an architecture without such a cache makes transformers raise
-        raise CheckpointError(
-            f"{name}: {type(model).__name__} has no KV cache of keys and values in every block, so it can't be "
-            f"planned ({type(error).__name__}: {error})"
-        ) from error
+        # Without one some models don't look for it in the prompt, which has no values; others need one.
+        for tried in (None, padding):
+            try:
+                config.pad_token_id = tried
+                with torch.device("meta"), torch.no_grad():
+                    output: Any = model.__call__(torch.zeros(1, 1, dtype=torch.long), use_cache=True)
+                return tuple(_cache(layer) for layer in output.past_key_values.layers)
+            except Exception as raised:  # whatever an architecture without such a cache makes transformers raise
+                error = raised
     finally:
         config.pad_token_id = padding
+    raise CheckpointError(
+        f"{name}: {type(model).__name__} can't be planned, since a run of one token without weights shows no KV cache "
+        f"with keys and values for every block ({type(error).__name__}: {str(error).splitlines()[0]})"
+    ) from error
 
 
 def _cache(layer: Any) -> Cache:
