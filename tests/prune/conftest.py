@@ -42,6 +42,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 3},
     "gpt2": {"n_embd": 36, "n_inner": 50, "n_layer": 2, "n_head": 3},
     "bloom": {"hidden_size": 36, "n_layer": 2, "n_head": 3},
+    "openai-gpt": {"n_embd": 36, "n_layer": 2, "n_head": 3},
+    "bamba": LLAMA
+    | {
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 6,
+        "mamba_d_head": 12,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    },
     "phi": {"hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 3},
 }
 BLOCKS = {
@@ -49,6 +59,7 @@ BLOCKS = {
     "gpt_neox": "gpt_neox.layers",
     "gpt2": "transformer.h",
     "bloom": "transformer.h",
+    "openai-gpt": "transformer.h",
 }
 
 

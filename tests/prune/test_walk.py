@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DbrxConfig, Gemma3Config, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DbrxConfig, Gemma3Config, MixtralConfig, RwkvConfig
 from transformers.pytorch_utils import Conv1D
 
 from flash_llm.errors import CheckpointError
@@ -265,6 +265,18 @@ def test_blocks_that_get_more_of_the_text_are_refused(
     calibration = CalibrationConfig(str(text), samples=2, seqlen=16)
     with pytest.raises(CheckpointError, match="more of the text than the hidden states"):
         prune_folder(make_model("llama"), tmp_path / "out", calibration=calibration, progress=False)
+
+
+def test_blocks_that_hand_on_more_than_hidden_states_are_refused(text: Path, tmp_path: Path) -> None:
+    """RWKV's hand on their state; magnitude pruning has no need of them."""
+    source = tmp_path / "model"
+    config = RwkvConfig(vocab_size=256, hidden_size=32, num_hidden_layers=2, context_length=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    save_tokenizer(source)
+    calibration = CalibrationConfig(str(text), samples=2, seqlen=16)
+    with pytest.raises(CheckpointError, match=r"RwkvForCausalLM can't go from block to block .*\"magnitude\" needs no"):
+        prune_folder(source, tmp_path / "out", calibration=calibration, progress=False)
+    prune_folder(source, tmp_path / "out", "magnitude", progress=False)
 
 
 @pytest.mark.gpu

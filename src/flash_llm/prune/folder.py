@@ -297,7 +297,7 @@ def _windows(
         raise ValueError(f"{who} needs calibration text; pass calibration=CalibrationConfig(file).")
     config = skeleton.source.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and calibration.seqlen > positions:
+    if positions is not None and 0 < positions < calibration.seqlen:  # XLNet says -1: no limit
         raise ValueError(
             f"seqlen={calibration.seqlen} is longer than the model's {positions} positions; take a smaller one."
         )

@@ -30,6 +30,20 @@ class _Mismatch(Exception):
     """A block was given other hidden states than the block before handed on."""
 
 
+class _Beside:
+    """Stands for what a block returns beside the hidden states. A model may drop it, not pass it on."""
+
+
+_Hand = Callable[[Tensor], Any]
+
+# What a block may hand to its model: which of them the model's forward pass takes, is tried out, as none says it.
+_HANDS: tuple[_Hand, ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, _Beside()),
+)
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """How the model calls a block, besides the hidden states, which come first."""
@@ -40,7 +54,7 @@ class BlockCall:
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Run ``block`` on ``hidden [1, tokens, width]``."""
         output = block(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, (tuple, list)) else output
 
 
 class Walk:
@@ -60,7 +74,7 @@ class Walk:
 
     def __init__(self, skeleton: Skeleton, windows: Tensor, hidden: Tensor | None = None) -> None:
         self._skeleton, self._windows = skeleton, windows
-        self._returns_tuple = False
+        self._hand = _HANDS[0]
         blocks = tuple(name + "." for name in skeleton.block_names)
         outside = _outside(skeleton, blocks)
         with skeleton.loaded("", wanted=outside), torch.no_grad():
@@ -97,7 +111,7 @@ class Walk:
         blocks = [self._skeleton.block(index) for index in range(len(self._calls))]
 
         def skip(*args: Any, **kwargs: Any) -> Any:
-            return (feed[0],) if self._returns_tuple else feed[0]
+            return self._hand(feed[0])
 
         outside = _outside(self._skeleton, tuple(name + "." for name in self._skeleton.block_names))
         with (
@@ -121,7 +135,7 @@ class Walk:
             self._skeleton.model(input_ids=window[None].to(self._skeleton.device), use_cache=False)
         except _Stop:
             return
-        raise CheckpointError(f"{type(self._skeleton.model).__name__} does not run all of its blocks in order.")
+        raise self._unsupported("does not run all of its blocks in order")
 
     def _embed(self) -> Tensor:
         """Inputs of the first block for all windows."""
@@ -144,21 +158,31 @@ class Walk:
 
     def _record(self) -> list[BlockCall]:
         """How each block is called, which must be the same for all windows."""
-        try:
-            calls = self._record_window(self._windows[0])
-        except _Mismatch:
-            # The model takes the first element of what a block returns, so its blocks return tuples.
-            self._returns_tuple = True
-            calls = self._record_window(self._windows[0])
+        calls = self._try_hands()
         if not _same(
             [(call.args, call.kwargs) for call in calls],
             [(call.args, call.kwargs) for call in self._record_window(self._windows[-1])],
         ):
-            raise CheckpointError(
-                f"{type(self._skeleton.model).__name__} calls its blocks with more of the text than the hidden states, "
-                "which the layer-by-layer walk does not support; magnitude pruning needs no walk."
-            )
+            raise self._unsupported("calls its blocks with more of the text than the hidden states")
         return calls
+
+    def _try_hands(self) -> list[BlockCall]:
+        """The calls, once it is found what the blocks must return for the model to go on."""
+        failed: Exception | None = None
+        for self._hand in _HANDS:
+            try:
+                return self._record_window(self._windows[0])
+            except (_Mismatch, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+                failed = error
+        if isinstance(failed, _Mismatch):
+            raise self._unsupported("changes the hidden states between its blocks")
+        raise self._unsupported(f"can't go from block to block ({failed})") from failed
+
+    def _unsupported(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{type(self._skeleton.model).__name__} {what}, which the layer-by-layer walk does not support. The method "
+            '"magnitude" needs no walk: take it, with the uniform allocation.'
+        )
 
     def _record_window(self, window: Tensor) -> list[BlockCall]:
         blocks = [self._skeleton.block(index) for index in range(len(self._skeleton.block_names))]
@@ -168,17 +192,14 @@ class Walk:
         def recorder(*args: Any, **kwargs: Any) -> Any:
             hidden, call = _split_call(args, kwargs)
             if given and hidden is not given[0]:
-                if not self._returns_tuple:
-                    raise _Mismatch
-                raise CheckpointError(
-                    f"{type(self._skeleton.model).__name__} changes the hidden states between its blocks, which the "
-                    "layer-by-layer walk does not support; magnitude pruning needs no walk."
-                )
+                raise _Mismatch
+            if any(isinstance(value, _Beside) for value in (*call.args, *call.kwargs.values())):
+                raise self._unsupported("hands on more than the hidden states from block to block")
             given[:] = [hidden]
             calls.append(call)
             if len(calls) == len(blocks):
                 raise _Stop
-            return (hidden,) if self._returns_tuple else hidden
+            return self._hand(hidden)
 
         with _Replaced(blocks, [recorder] * len(blocks)):
             self._forward(window)
