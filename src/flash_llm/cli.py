@@ -136,7 +136,7 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         places = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
         return f"{error.strerror}: {places}" if places else error.strerror
-    words = " ".join(str(error).split())
+    words = " ".join(str(error).split()).replace("resume=False", "--restart")  # as that is called here
     expected = (
         FlashLLMError,
         OSError,
@@ -237,6 +237,9 @@ def prune(
     compress: Annotated[
         bool, typer.Option("--compress", help="Compress the result: OUT is what `compress` makes.")
     ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard an interrupted run instead of taking it up.")
+    ] = False,
 ) -> None:
     """Set the least important weights of a model to zero.
 
@@ -278,6 +281,7 @@ def prune(
         include_lm_head=include_lm_head,
         skip=skip or [],
         values=values.value,
+        resume=not restart,
     )
     _say(f"pruned {len(report.layers)} layers: {report.zeros:,} of {report.weights:,} weights are zero")
     if compress:

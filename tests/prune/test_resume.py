@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from flash_llm.cli import app
+from flash_llm.errors import CheckpointError
 from flash_llm.prune import CalibrationConfig, job, prune_folder
 from flash_llm.prune.job import Job
 
@@ -138,6 +141,37 @@ def test_another_job_is_not_mixed_in(make_model: Make, tmp_path: Path, monkeypat
     report = prune_folder(source, out, "magnitude", 0.6, resume=False, progress=False)
     assert report.resumed_stages == 0
     assert report.zeros / report.weights == pytest.approx(0.6, abs=1e-3)
+
+
+def test_the_command_line_says_its_own_way_out(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["prune", str(make_model("llama")), "--method", "magnitude", "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        fail_after(0, patch)
+        CliRunner().invoke(app, arguments)
+    refused = CliRunner().invoke(app, [*arguments, "--sparsity", "0.6"])
+    assert refused.exit_code == 1
+    assert "discard it with --restart." in refused.output
+    assert CliRunner().invoke(app, [*arguments, "--sparsity", "0.6", "--restart"]).exit_code == 0
+
+
+def test_a_job_that_finished_nothing_is_not_in_the_way(
+    make_model: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one that failed nor one that was killed."""
+    source, out = make_model("llama"), tmp_path / "out"
+    calibration = CalibrationConfig(str(text), samples=2, seqlen=16)
+    with monkeypatch.context() as patch:
+        patch.setattr("flash_llm.prune.folder.Walk", lambda *args: (_ for _ in ()).throw(CheckpointError("no walk")))
+        with pytest.raises(CheckpointError, match="no walk"):
+            prune_folder(source, out, "wanda", calibration=calibration, progress=False)
+        assert not (tmp_path / ".out.partial").exists()
+        patch.setattr("flash_llm.prune.job.shutil.rmtree", lambda folder: None)
+        with pytest.raises(CheckpointError, match="no walk"):
+            prune_folder(source, out, "wanda", calibration=calibration, progress=False)
+    assert (tmp_path / ".out.partial").exists()
+    prune_folder(source, out, "magnitude", progress=False)
 
 
 def test_a_model_that_changed_meanwhile_is_noticed(

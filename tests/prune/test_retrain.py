@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from flash_llm.errors import CheckpointError
 from flash_llm.prune import prune_folder
+from flash_llm.prune.job import Job
 from flash_llm.prune.retrain import RetrainConfig, retrain
 from flash_llm.prune.retrain.state import load_state
 from flash_llm.prune.retrain.trainer import Trainer
@@ -272,7 +273,7 @@ def test_another_run_is_not_mixed_in(
     pruned: Path, learnable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "advance", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Job, "deliver", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             retrain(pruned, tmp_path / "out", settings(learnable), progress=False)
     with pytest.raises(FileExistsError, match=r"lr: 0\.01 then, 0\.02 now"):

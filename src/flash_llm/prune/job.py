@@ -117,6 +117,8 @@ class Job(Stages):
     def started(self, resume: bool) -> Iterator[None]:
         """Make or take up the working folder, and hold it against other processes.
 
+        A job that fails before it has finished anything leaves no folder behind.
+
         Raises:
             FileExistsError: another process works in it, or it belongs to a job with other arguments.
         """
@@ -135,7 +137,12 @@ class Job(Stages):
             self.model.mkdir(exist_ok=True)
             for stages in (self, self.survey):
                 stages.folder.mkdir(exist_ok=True)
-            yield
+            try:
+                yield
+            except BaseException:
+                if self.folder.is_dir() and not self._is_begun():
+                    shutil.rmtree(self.folder)
+                raise
 
     def deliver(self) -> None:
         """Give the finished folder its name and remove the rest."""
@@ -144,7 +151,7 @@ class Job(Stages):
 
     def _check_arguments(self) -> None:
         path = self.folder / "arguments.json"
-        if not path.is_file():
+        if not path.is_file() or not self._is_begun():
             self._clear()
             write_json(path, self._arguments)
             return
@@ -158,6 +165,13 @@ class Job(Stages):
                 f"{self.folder} holds an unfinished job with other arguments ({differences}). "
                 "Finish it with those, or discard it with resume=False."
             )
+
+    def _is_begun(self) -> bool:
+        """Whether there is more than a job has before it finishes its first part."""
+        own = {"lock", "arguments.json", self.model.name, self.survey.folder.name}
+        if any(path.name not in own for path in self.folder.iterdir()):
+            return True
+        return self.survey.folder.is_dir() and any(self.survey.folder.iterdir())
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
