@@ -153,6 +153,10 @@ class CompressReport:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
+AFTER_COMPRESS: list[Callable[[nn.Module, CompressReport], None]] = []
+"""Called with a model that :func:`compress` has changed: an integration that saves models has to know of it."""
+
+
 def compress(
     model: nn.Module, skip: Iterable[str] = DEFAULT_SKIP, values: str | ValueKind = ValueKind.BITS16
 ) -> CompressReport:
@@ -174,10 +178,8 @@ def compress(
         TypeError: a layer's weight is neither float16 nor bfloat16. The model is then as it was.
     """
     report = pack_linears(model, skip, values)
-    if hasattr(model, "save_pretrained"):
-        from flash_llm.integrations.transformers import make_savable  # here, as it imports this
-
-        make_savable(model, report)
+    for tell in AFTER_COMPRESS:
+        tell(model, report)
     return report
 
 

@@ -36,6 +36,7 @@ from flash_llm.checkpoint import (
 from flash_llm.errors import CheckpointError
 from flash_llm.folder import CONFIG, TensorFiles, config_digest
 from flash_llm.nn import (
+    AFTER_COMPRESS,
     BUFFERS,
     DEFAULT_SKIP,
     CompressReport,
@@ -302,6 +303,8 @@ def _dense_checksums(
     buffers = {f"{name}.{buffer}" for name in packed for buffer in BUFFERS.values()}
     return {name: fingerprint(tensor) for name, tensor in saved.items() if name not in buffers}
 
+
+AFTER_COMPRESS.append(make_savable)
 
 # A second import, of another copy of this package say, leaves the first in charge.
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
