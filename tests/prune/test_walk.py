@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DbrxConfig, Gemma3Config, MixtralConfig, RwkvConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DbrxConfig,
+    Gemma3Config,
+    MixtralConfig,
+    RwkvConfig,
+    Zamba2Config,
+)
 from transformers.pytorch_utils import Conv1D
 
 from flash_llm.errors import CheckpointError
@@ -205,6 +213,34 @@ def test_experts_that_are_one_tall_matrix_are_spoken_of(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     with pytest.warns(UserWarning, match=f"{3 * 3 * 40 * 32:,} weights of merged tensors"):
         prune_folder(tmp_path / "model", tmp_path / "out", "magnitude", 0.5, progress=False)
+
+
+def test_a_linear_layer_that_is_stored_merged_stays_dense_and_it_is_said(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, name = make_model("llama"), "model.layers.1.mlp.up_proj"
+    monkeypatch.setattr(Skeleton, "parts", lambda self, weight: ["merged"] if weight == f"{name}.weight" else [])
+    with pytest.warns(UserWarning, match=f"1 linear layers stay as they are: .*{name}.weight for one, in merged"):
+        report = prune_folder(source, tmp_path / "out", "magnitude", progress=False)
+    assert len(report.layers) == 3 * 7 - 1
+    assert name not in report.layers
+
+
+def test_a_weight_that_blocks_share_is_pruned_once(text: Path, tmp_path: Path) -> None:
+    """Zamba2's; there is no walk for it."""
+    sizes = {"vocab_size": 256, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 40}
+    mamba = {"mamba_d_state": 8, "mamba_headdim": 16, "n_mamba_heads": 4, "mamba_ngroups": 1, "num_mem_blocks": 1}
+    kinds = {"num_hidden_layers": 3, "hybrid_layer_ids": [0, 2], "layers_block_type": ["hybrid", "mamba", "hybrid"]}
+    source, out = tmp_path / "model", tmp_path / "out"
+    AutoModelForCausalLM.from_config(Zamba2Config(**sizes, **mamba, **kinds)).save_pretrained(source)
+    save_tokenizer(source)
+    calibration = CalibrationConfig(str(text), samples=2, seqlen=16)
+    with pytest.raises(CheckpointError, match="shares weights between its blocks"):
+        prune_folder(source, out, calibration=calibration, progress=False)
+    report = prune_folder(source, out, "magnitude", progress=False)
+    assert len([name for name in report.layers if name.endswith("self_attn.q_proj")]) == 1
+    pruned = AutoModelForCausalLM.from_pretrained(out).model.layers[2].shared_transformer.self_attn.q_proj.weight
+    assert (pruned == 0).float().mean() == 0.5
 
 
 def test_the_language_model_is_pruned_not_a_larger_vision_tower(tmp_path: Path) -> None:

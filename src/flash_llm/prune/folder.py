@@ -257,7 +257,10 @@ def _plan(skeleton: Skeleton, include_lm_head: bool, skip: Sequence[str]) -> lis
             raise ValueError(f"skip: {text!r} is found in no layer's name; names are like {everything[0]!r}.")
     for stage in stages:
         kept = [name for name in names[stage.module] if not any(p.search(name) for p in patterns.values())]
-        stage.layers = {name: skeleton.check_weight(name) for name in kept if not skeleton.parts(name + ".weight")}
+        weights = {name: f"{name}.weight" for name in kept}
+        # A weight that blocks share is pruned once, with the block that it is stored for.
+        own = [name for name, w in weights.items() if not (skeleton.parts(w) or skeleton.is_shared(w))]
+        stage.layers = {name: skeleton.check_weight(name) for name in own}
     if not any(stage.layers for stage in stages):
         raise ValueError(
             f"skip={list(skip)} leaves no layer to prune; those whose weights are stored merged with others or in "

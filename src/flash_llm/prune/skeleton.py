@@ -103,6 +103,10 @@ class Skeleton:
         """The source's names of the tensors that a parameter is merged from or is a part of."""
         return self._stored.parts(name)
 
+    def is_shared(self, name: str) -> bool:
+        """Whether a parameter is stored under another parameter's name, because both are one."""
+        return self.key(name) is None and name in self.model.all_tied_weights_keys
+
     def keys_under(self, prefix: str) -> list[str]:
         """All names that the source stores for the module ``prefix``."""
         return self._stored.under(prefix)

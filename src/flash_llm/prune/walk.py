@@ -76,6 +76,9 @@ class Walk:
         self._skeleton, self._windows = skeleton, windows
         self._hand = _HANDS[0]
         blocks = tuple(name + "." for name in skeleton.block_names)
+        parameters = skeleton.model.named_parameters(remove_duplicate=False)
+        if any(skeleton.is_shared(name) for name, _ in parameters if name.startswith(blocks)):
+            raise self._unsupported("shares weights between its blocks")
         outside = _outside(skeleton, blocks)
         with skeleton.loaded("", wanted=outside), torch.no_grad():
             self._calls = self._record()
