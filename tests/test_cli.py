@@ -255,7 +255,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         lambda h: ["prune", h / "dense", *calibration(h), "--compress", "--out", h / "small"],
         "not an empty folder",
     ),
-    "nothing to gain": (lambda h: ["compress", h / "dense", "--out", "OUT"], "or would gain by it"),
+    "nothing to gain": (lambda h: ["compress", h / "dense", "--out", "OUT"], "no layer would gain by being packed"),
     "compressed twice": (lambda h: ["compress", h / "small", "--out", "OUT"], "compressed already"),
     "decompress dense": (lambda h: ["decompress", h / "dense", "--out", "OUT"], "not compressed"),
     "generate from nothing": (lambda h: ["generate", h / "nothing", "word1"], "is no folder"),

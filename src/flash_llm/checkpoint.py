@@ -661,7 +661,7 @@ def _nothing_gained(folder: ModelFolder, report: FolderReport, candidates: set[s
     reasons = {name: reason for name, reason in report.skipped.items() if f"{name}.weight" in candidates}
     return (
         f"{folder.path}: no layer would gain by being packed{_examples(reasons)}. Prune the model first, with "
-        f"`flash-llm prune` or flash_llm.prune; or pack all the same, with --min-sparsity 0 or min_sparsity=0"
+        f"flash_llm.prune; or pack all the same with min_sparsity=0"
     )
 
 

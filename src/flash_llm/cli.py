@@ -132,11 +132,23 @@ def _verb(function: Callable[..., None]) -> Callable[..., None]:
 app.add_typer(bench.make_app(_guard), name="bench")
 
 
+_CALLED_HERE = {
+    "resume=False": "--restart",
+    "calibration=CalibrationConfig(file)": "--calibration FILE",
+    "min_sparsity=0": "--min-sparsity 0",
+    "flash_llm.prune": "`flash-llm prune`",
+    "include_lm_head": "--include-lm-head",
+}
+"""What messages name as one writes it in Python, and how on the command line."""
+
+
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         places = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
         return f"{error.strerror}: {places}" if places else error.strerror
-    words = " ".join(str(error).split()).replace("resume=False", "--restart")  # as that is called here
+    words = " ".join(str(error).split())
+    for in_python, here in _CALLED_HERE.items():
+        words = words.replace(in_python, here)
     expected = (
         FlashLLMError,
         OSError,

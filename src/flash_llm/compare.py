@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from flash_llm.checkpoint import read_folder
 from flash_llm.evaluate import load_text, perplexity
 from flash_llm.files import write_json, write_whole
 from flash_llm.plotting import png, require_plot
 from flash_llm.tasks import run_tasks
+from flash_llm.tokenizer import load_tokenizer
 
 Comparison = dict[str, Any]
 Row = dict[str, Any]
@@ -160,7 +161,7 @@ def _described(path: Path, name: str) -> Row:
 
 def load_folder(path: Path, device: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     """A model ready to run, in ``dtype`` or, without one, its own; and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = load_tokenizer(path)
     place = {} if device == "cpu" else {"device_map": {"": device}}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_files_only=True, **place)
     return model.eval(), tokenizer

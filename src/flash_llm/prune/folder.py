@@ -32,6 +32,7 @@ from flash_llm.prune.survey import check_finite, matrix, read_finite, survey
 from flash_llm.prune.walk import Walk
 from flash_llm.tensor import ValueKind
 from flash_llm.tensor.quantise import SCALES
+from flash_llm.tokenizer import load_tokenizer
 
 RECORD = "pruning.json"
 RECORD_VERSION = 1
@@ -304,7 +305,7 @@ def _windows(
         raise ValueError(
             f"seqlen={calibration.seqlen} is longer than the model's {positions} positions; take a smaller one."
         )
-    windows = load_windows(calibration, skeleton.source.load_tokenizer())
+    windows = load_windows(calibration, load_tokenizer(skeleton.source.folder))
     vocabulary = skeleton.embedding_shape[0]
     if (largest := int(windows.max())) >= vocabulary:
         raise CheckpointError(

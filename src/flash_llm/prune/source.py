@@ -9,14 +9,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from flash_llm.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _FLOATING = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 _SIDE_FILES_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 
 
@@ -98,22 +97,6 @@ class SourceFolder:
             return self._open[self._shard_of[name]].get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"Tensor {name} of {self.folder} can't be read: {error}") from error
-
-    def load_tokenizer(self) -> Any:
-        """The model's tokenizer.
-
-        Raises:
-            CheckpointError: there is none in the folder.
-        """
-        if not any(file for pattern in _TOKENIZER_FILES for file in self.folder.glob(pattern)):
-            # Some releases of transformers would make up an empty one.
-            raise CheckpointError(
-                f"{self.folder} has no usable tokenizer, needed for calibration: there is no file of one."
-            )
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise CheckpointError(f"{self.folder} has no usable tokenizer, which calibration needs: {error}") from error
 
     def side_files(self) -> list[Path]:
         """All that belongs to the model besides its weights: config, tokenizer, chat template, ..."""

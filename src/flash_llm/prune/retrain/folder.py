@@ -41,6 +41,7 @@ from flash_llm.prune.retrain.state import load_state, save_state
 from flash_llm.prune.retrain.trainer import LOG_STEPS, Trainer
 from flash_llm.prune.skeleton import Skeleton
 from flash_llm.prune.source import SourceFolder
+from flash_llm.tokenizer import load_tokenizer
 
 CURVE, PLOT = "retraining.json", "retraining.png"
 # A data set is as long as one likes; so much of it is taken if nobody says.
@@ -127,7 +128,7 @@ def retrain(
     home = device if processes.size == 1 else torch.device("cpu")
     skeleton = Skeleton(source, torch.float32, torch.device("cpu"))
     layers = masked_layers(source, skeleton, config)
-    tokenizer = source.load_tokenizer()
+    tokenizer = load_tokenizer(source.folder)
     if teacher is not None and not config.distill:
         raise ValueError("distill=0 makes no use of a teacher: give it some weight, or leave the teacher out.")
     taught = None if teacher is None else load_teacher(Path(teacher), source, tokenizer, device, home)
