@@ -60,7 +60,9 @@ class StoredTensors:
         for pattern, key in parts:
             converter.add_tensor(first, key, pattern, self._source.read(key))  # type: ignore[arg-type]
         try:
-            value = converter.convert(first, model=self._model, config=self._model.config)[name]
+            converted: Any = converter.convert(first, model=self._model, config=self._model.config)
+            # Early releases of transformers 5 give errors beside it.
+            value = (converted[0] if isinstance(converted, tuple) else converted)[name]
         except Exception as error:  # whatever shapes that don't fit make transformers raise
             raise CheckpointError(
                 f"{self._source.folder}: {name} can't be made of {parts[0][1]} and {len(parts) - 1} other tensors, as "
