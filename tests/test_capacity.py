@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, BioGptConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 from typer.testing import CliRunner
 
 from flash_llm.capacity import fit
@@ -199,6 +199,16 @@ def test_any_decoder_is_read_from_its_modules(kind: str) -> None:
     small = [key for key, value in model.named_parameters() if value.dim() == 1 or "position" in key]
     assert shape.other == sum(model.get_parameter(key).numel() for key in small)
     assert len(shape.caches) == 2
+
+
+def test_a_decoder_that_looks_at_its_prompt_is_read_too() -> None:
+    """BioGPT's quick attention looks whether the mask is all ones, which a prompt without values doesn't say."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(BioGptConfig(num_hidden_layers=2))
+    padding, attention = model.config.pad_token_id, model.config._attn_implementation
+    shape = describe("biogpt", model)
+    assert [cache.elements(10) for cache in shape.caches] == 2 * [10 * 2 * model.config.hidden_size]
+    assert (model.config.pad_token_id, model.config._attn_implementation) == (padding, attention)
 
 
 def test_layers_with_the_same_input_are_multiplied_at_once(llama_8b: ModelShape) -> None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,7 @@ def describe(name: str, model: PreTrainedModel) -> ModelShape:
     Raises:
         CheckpointError: weights that are no matrices (experts, convolutions), no output layer, or no KV cache.
     """
+    model.tie_weights()  # which early releases of transformers 5 leave to loading
     _check_weights(name, model)
     config = model.config.get_text_config()
     embedding: Any = model.get_input_embeddings()
@@ -284,23 +286,35 @@ def _size(module: nn.Module) -> tuple[int, int]:
 
 def _caches(name: str, model: PreTrainedModel) -> tuple[Cache, ...]:
     config = model.config.get_text_config()
-    padding = config.pad_token_id
+    padding, attention = config.pad_token_id, config._attn_implementation
     try:
-        # Without one some models don't look for it in the prompt, which has no values; others need one.
-        for tried in (None, padding):
+        # Without padding some models don't look for it in the prompt, which has no values; others need it. And the
+        # quick attentions of some look whether the mask is all ones.
+        for config._attn_implementation, tried in product((attention, "eager"), (None, padding)):
             try:
                 config.pad_token_id = tried
-                with torch.device("meta"), torch.no_grad():
-                    output: Any = model.__call__(torch.zeros(1, 1, dtype=torch.long), use_cache=True)
+                with torch.device("meta"), torch.no_grad(), _without_autocast():
+                    output: Any = model.eval().__call__(torch.zeros(1, 1, dtype=torch.long), use_cache=True)
                 return tuple(_cache(layer) for layer in output.past_key_values.layers)
             except Exception as raised:  # whatever an architecture without such a cache makes transformers raise
                 error = raised
     finally:
-        config.pad_token_id = padding
+        config.pad_token_id, config._attn_implementation = padding, attention
     raise CheckpointError(
         f"{name}: {type(model).__name__} can't be planned, since a run of one token without weights shows no KV cache "
         f"with keys and values for every block ({type(error).__name__}: {str(error).splitlines()[0]})"
     ) from error
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Releases of transformers before 5.5 ask whether there is autocast on "meta", which torch can't answer."""
+    asked = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda *_: False
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = asked
 
 
 def _cache(layer: Any) -> Cache:
