@@ -37,7 +37,7 @@ from flash_llm.folder import (
     read_config,
     read_json,
 )
-from flash_llm.nn import BUFFERS, DEFAULT_SKIP, OUTPUT_LAYER, CompressReport
+from flash_llm.nn import BUFFERS, DEFAULT_SKIP, CompressReport, left_out
 from flash_llm.tensor import PackedWeight, ValueKind, checksum, empty_state
 from flash_llm.tensor.layout import VALUE_DTYPES
 from flash_llm.tensor.packed import check_version, parse_metadata, tensor_names
@@ -548,12 +548,9 @@ def _candidates(
     report.skipped.update(found.other)
     candidates = set()
     for layer in found.layers:
-        matched = next((pattern.pattern for pattern in patterns if pattern.search(layer)), None)
-        if matched is not None:
-            report.skipped[layer] = f"its name matches {matched!r}"
-            continue
-        if layer == found.head and set(DEFAULT_SKIP) <= set(skip):
-            report.skipped[layer] = OUTPUT_LAYER
+        reason = left_out(layer, patterns, found.head)
+        if reason is not None:
+            report.skipped[layer] = reason
             continue
         dtype = infos[f"{layer}.weight"].dtype
         if dtype not in (*VALUE_DTYPES, *_WIDE):

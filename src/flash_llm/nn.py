@@ -36,9 +36,6 @@ DEFAULT_SKIP = (r"(^|\.)lm_head$", r"(^|\.)embed_out$", r"(^|\.)score$")
 """Layers that stay dense unless asked: regular expressions searched in the layers' names. They stand for the output
 layer, which stays dense with them whatever its name is."""
 
-OUTPUT_LAYER = "it is the output layer"
-"""Why a layer is left out with ``DEFAULT_SKIP``."""
-
 
 class SparseLinear(nn.Module):
     """A linear layer whose weight stays packed. Takes x [..., in_features], gives [..., out_features].
@@ -185,11 +182,9 @@ def compress(
 
 def pack_linears(model: nn.Module, skip: Iterable[str], values: str | ValueKind) -> CompressReport:
     """:func:`compress`, but for telling transformers of it."""
-    skip = tuple(skip)
     patterns, kind = [re.compile(pattern) for pattern in skip], ValueKind(values)
     report = CompressReport()
-    must = staying_dense(model)
-    head = output_layer(model) if set(DEFAULT_SKIP) <= set(skip) else None
+    must, head = staying_dense(model), output_layer(model)
     # Names and dtypes, no modules: so each dense weight's memory is free once it is replaced.
     linears = {name: module.weight.dtype for name, module in model.named_modules() if is_plain(module)}
     if not linears:
@@ -197,13 +192,9 @@ def pack_linears(model: nn.Module, skip: Iterable[str], values: str | ValueKind)
     if isinstance(model, nn.Linear):
         raise ValueError("the model is itself a linear layer: use SparseLinear.from_linear")
     for name, dtype in linears.items():
-        matched = next((p.pattern for p in patterns if p.search(name)), None)
-        if matched is not None:
-            report.skipped[name] = f"its name matches {matched!r}"
-        elif name == head:
-            report.skipped[name] = OUTPUT_LAYER
-        elif name in must:
-            report.skipped[name] = must[name]
+        reason = left_out(name, patterns, head) or must.get(name)
+        if reason is not None:
+            report.skipped[name] = reason
         elif dtype == torch.float32 and any(other in VALUE_DTYPES for other in linears.values()):
             report.skipped[name] = "it is in float32, and other layers are not"
         elif dtype not in VALUE_DTYPES:
@@ -216,6 +207,16 @@ def pack_linears(model: nn.Module, skip: Iterable[str], values: str | ValueKind)
     for name in report.packed:
         replace_module(model, name, SparseLinear.from_linear(cast(nn.Linear, model.get_submodule(name)), kind))
     return report
+
+
+def left_out(name: str, patterns: list[re.Pattern[str]], head: str | None) -> str | None:
+    """Why a layer stays dense by what was asked to skip, if it does. ``head``: the name of the output layer."""
+    matched = next((pattern.pattern for pattern in patterns if pattern.search(name)), None)
+    if matched is not None:
+        return f"its name matches {matched!r}"
+    if name == head and set(DEFAULT_SKIP) <= {pattern.pattern for pattern in patterns}:
+        return "it is the output layer"
+    return None
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:

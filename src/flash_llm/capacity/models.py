@@ -287,6 +287,7 @@ def _size(module: nn.Module) -> tuple[int, int]:
 def _caches(name: str, model: PreTrainedModel) -> tuple[Cache, ...]:
     config = model.config.get_text_config()
     padding, attention = config.pad_token_id, config._attn_implementation
+    model.eval()
     try:
         # Without padding some models don't look for it in the prompt, which has no values; others need it. And the
         # quick attentions of some look whether the mask is all ones.
@@ -294,7 +295,7 @@ def _caches(name: str, model: PreTrainedModel) -> tuple[Cache, ...]:
             try:
                 config.pad_token_id = tried
                 with torch.device("meta"), torch.no_grad(), _without_autocast():
-                    output: Any = model.eval().__call__(torch.zeros(1, 1, dtype=torch.long), use_cache=True)
+                    output: Any = model.__call__(torch.zeros(1, 1, dtype=torch.long), use_cache=True)
                 return tuple(_cache(layer) for layer in output.past_key_values.layers)
             except Exception as raised:  # whatever an architecture without such a cache makes transformers raise
                 error = raised
