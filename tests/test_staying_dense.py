@@ -77,14 +77,16 @@ def test_what_a_class_computes_with_is_read_off_its_code() -> None:
     class Router(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.classifier, self.other, self.rare = (nn.Linear(8, 4) for _ in range(3))
+            self.classifier, self.other, self.rare, self.usual = (nn.Linear(8, 4) for _ in range(4))
 
         def forward(self, x: Tensor) -> Tensor:
             if self.training:
                 x = x @ self.rare.weight.T
+            if not self.training:
+                x = x @ self.usual.weight.T
             return nn.functional.linear(x.to(self.other.weight.dtype), self.classifier.weight.float())
 
-    assert computed_with(Router) == {"classifier"}
+    assert computed_with(Router) == {"classifier", "usual"}
     bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2))
     assert not any(computed_with(type(module)) for module in bloom.modules())  # but for an option that nobody takes
 

@@ -61,7 +61,7 @@ def _weights(node: ast.AST) -> Iterator[str]:
     """Layers whose weight is read in a piece of code, but for its dtype or device."""
     if isinstance(node, ast.Attribute) and node.attr in _TELLS_LITTLE:
         return
-    if isinstance(node, ast.If) and any(name in ast.unparse(node.test) for name in _NOT_HERE):
+    if isinstance(node, ast.If) and _is_never_taken(ast.unparse(node.test)):
         for other in node.orelse:
             yield from _weights(other)
         return
@@ -70,6 +70,10 @@ def _weights(node: ast.AST) -> Iterator[str]:
             yield name
     for child in ast.iter_child_nodes(node):
         yield from _weights(child)
+
+
+def _is_never_taken(condition: str) -> bool:
+    return any(name in condition and f"not self.{name}" not in condition for name in _NOT_HERE)
 
 
 def output_layer(model: Any) -> str | None:
