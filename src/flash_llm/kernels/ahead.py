@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Configuration = tuple[str, tuple[tuple[str, int], ...], str]
 """Arguments of ``build.compile_kernel``: source, defines, architecture."""
 
-ROWS_OF_X = (8, 16, 32, 64, 96, 128, 192, 256, 8192)
+ROWS_OF_X = (8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 8192)
 """Numbers of rows of x that between them take every kernel of a weight, or nearly so."""
 
 _running: dict[Configuration, Future[Path]] = {}

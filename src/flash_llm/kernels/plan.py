@@ -23,7 +23,7 @@ _RING_EXTRA = 1024 + 128  # aligned by 1024, and its barriers
 _WIDE_ADDRESSES = 22  # registers
 _RING_BYTES = {1: 48 << 10, 2: 12 << 10, 3: 12 << 10}  # for pieces of X on Hopper, by blocks a multiprocessor
 _WIDE_WARPS = 8  # a block's multiplying warps from 65 rows of x on: two warpgroups, as registers allow
-_LARGE_WIDE_WARPS = {12: 12}  # by blocks of n, for large weights: three warpgroups are 3 to 4 % quicker there
+_LARGE_WIDE_WARPS = {10: 12, 12: 12}  # by blocks of n, for large weights: three warpgroups are 3 to 4 % quicker there
 _WIDE_PRODUCTS, _WIDE_DECODE = 32, 290  # cycles of a word for a block: for each block of 8 rows of x, and besides
 _ADDING_UP = 0.25  # words' time for each block of 8 rows of x: what adding up a shared job costs
 _UNEVEN = 3  # times that, where blocks have parts of two jobs
@@ -47,14 +47,17 @@ _SMALL_CYCLES = {  # by blocks of n, warps and resident: what _small_blocks reck
     (4, 12, 1): (46, 132, 6290, 540),
     (4, 8, 1): (50, 156, 5920, 615),
     (4, 4, 2): (48, 164, 4700, 640),
+    (6, 12, 1): (54, 128, 7420, 640),
+    (6, 8, 1): (54, 156, 7180, 580),
+    (6, 4, 2): (56, 164, 5230, 700),
     (8, 12, 1): (61, 123, 8550, 745),
     (8, 8, 1): (58, 157, 8440, 540),
     (8, 4, 2): (63, 165, 5760, 765),
 }
 _SMALL_TILE = {True: 20, False: 7}  # 16-bit values or not; words of a tile times blocks of n
-_EARLY_TILE = {1: 12, 2: 12, 4: 12, 8: 10}  # by blocks of n: words of a tile, up to which it is quicker to load early
-_WIDE_EARLY_TILE = 8  # the same for more than 64 rows of x at a time; registers don't suffice for more
-_CHUNK_WORDS = {True: {1: 4, 2: 4, 4: 2, 8: 2}, False: {1: 8, 2: 8, 4: 4, 8: 2}}  # Hopper or not; blocks of n
+_EARLY_TILE = {1: 12, 2: 12, 4: 12, 6: 12, 8: 10, 12: 4}  # by blocks of n: words of a tile up to which early loads help
+_WIDE_EARLY_TILE = 8  # the same for others of more than 64 rows of x at a time; registers don't suffice for more
+_CHUNK_WORDS = {True: {1: 4, 2: 4, 4: 2, 6: 2, 8: 2}, False: {1: 8, 2: 8, 4: 4, 8: 2}}  # Hopper or not; blocks of n
 
 
 @dataclass(frozen=True)
@@ -353,8 +356,9 @@ def _column_bytes(max_packets: int, values: ValueKind) -> int:
 
 def _n_blocks(device: Device, rows: int, columns: int, n: int, column_bytes: int, tile_words: int) -> int:
     """Blocks of 8 rows of x that one pass over the weight takes."""
-    narrow = next((blocks for blocks in (1, 2, 4, 8) if n <= 8 * blocks), 8)
-    if n <= 64 or device.capability != (9, 0):
+    hopper = device.capability == (9, 0)
+    narrow = next((blocks for blocks in ((1, 2, 4, 6, 8) if hopper else (1, 2, 4, 8)) if n <= 8 * blocks), 8)
+    if n <= 64 or not hopper:
         return narrow
 
     def cycles(blocks: int) -> float:
@@ -364,7 +368,7 @@ def _n_blocks(device: Device, rows: int, columns: int, n: int, column_bytes: int
 
     wide = [
         blocks
-        for blocks in (32, 24, 16, 12)
+        for blocks in (32, 28, 24, 20, 16, 14, 12, 10)
         if _wide_stages(device, blocks * 8 * WORD_COLUMNS * 2, _WIDE_WARPS * column_bytes) >= _LEAST_STAGES
         and _wide_held(multiplying_registers(_WIDE_WARPS, 1), blocks, tile_words) > 0
     ]
@@ -418,7 +422,7 @@ def _room(device: Device) -> int:
 
 def _best_warps(hopper: bool, n_blocks: int, tile_words: int) -> int:
     """Warps of a block that were found quickest on an H100, and that leave each the registers it needs."""
-    if n_blocks == 8 and tile_words > (12 if hopper else 6):
+    if n_blocks >= 6 and tile_words > (12 if hopper else 6):
         return 8
     return 12 if hopper or tile_words > 8 or n_blocks > 2 else 16
 

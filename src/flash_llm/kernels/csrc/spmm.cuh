@@ -239,12 +239,19 @@ struct Sharers {
       : first(block_of_unit(p, job * p.tiles)), last(block_of_unit(p, job * p.tiles + p.tiles - 1)) {}
 };
 
+// Equal parts of blocks of n, of 8 at most.
+DEVICE constexpr int largest_part(int blocks) {
+  int part = blocks < 8 ? blocks : 8;
+  while (blocks % part) --part;
+  return part;
+}
+
 // Adds the sums that a job's blocks left, of which this is one, in their order: (b0 + b1) + b2 and so on. Which of
 // two numbers comes first makes no difference, so that this block's own, if it is one of the first two, are added to where
 // they are. As much is asked for at a time as registers hold, since each time takes as long as the L2 cache to answer.
 DEVICE void add_partials(const SpmmParams& p, float (&sum)[N_BLOCKS][4], const Sharers& sharers, int job) {
   const int first = sharers.first, last = sharers.last;
-  constexpr int PART = N_BLOCKS <= 8 ? N_BLOCKS : N_BLOCKS % 8 == 0 ? 8 : 6, AT_ONCE = N_BLOCKS < 4 ? 2 : 1;
+  constexpr int PART = largest_part(N_BLOCKS), AT_ONCE = N_BLOCKS < 4 ? 2 : 1;
   const int own = (int)blockIdx.x <= first + 1 ? blockIdx.x : last + 1;  // not to be read
   if (own > last) {
 #pragma unroll
