@@ -20,7 +20,35 @@ from flash_llm.tensor import ValueKind
 from sparse_matrices import DTYPES, PATTERNS, sparse
 
 SIZES = (1, 2, 15, 16, 17, 63, 64, 65, 576, 1000, 1536, 4096, 11008)
-ROWS_OF_X = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 49, 64, 65, 80, 100, 128, 129, 160, 192, 193, 224, 256, 257, 300, 700)
+ROWS_OF_X = (
+    1,
+    2,
+    7,
+    8,
+    9,
+    15,
+    16,
+    17,
+    31,
+    32,
+    33,
+    48,
+    49,
+    64,
+    65,
+    80,
+    100,
+    128,
+    129,
+    160,
+    192,
+    193,
+    224,
+    256,
+    257,
+    300,
+    700,
+)
 SPARSITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0)
 X_LAYOUTS = ("plain", "wide rows", "odd rows", "odd start", "transposed", "repeated", "overlapping")
 BIASES = ("none", "plain", "strided", "repeated")
