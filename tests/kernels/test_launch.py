@@ -71,3 +71,13 @@ def test_a_context_that_cannot_be_had_is_said_in_words(
     monkeypatch.setattr(launch, "driver", lambda: Driver(status=2))
     with pytest.raises(KernelError, match="context of device 1 failed: CUDA_ERROR_OUT_OF_MEMORY"):
         thread.submit(launch.enter, 1).result()
+
+
+def test_each_thread_has_launch_configurations_of_its_own(thread: ThreadPoolExecutor) -> None:
+    """A launch sets the stream on one: another thread's must not be changed meanwhile."""
+    pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings isn't installed")
+    mine = launch._config(132, 512, 1024, True)
+    assert launch._config(132, 512, 1024, True) is mine
+    assert (mine.gridDimX, mine.blockDimX, mine.sharedMemBytes, mine.numAttrs) == (132, 512, 1024, 1)
+    assert launch._config(132, 512, 1024, False).numAttrs == 0
+    assert thread.submit(launch._config, 132, 512, 1024, True).result() is not mine

@@ -61,10 +61,12 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     y = x.new_empty(flat.shape[0], rows)
     flat = _readable(flat)
     bias = None if bias is None else bias.contiguous()
-    a_pass = max(1, plan.rows_in_a_pass(flat.shape[0], columns))
-    for some, result in zip(flat.split(a_pass), y.split(a_pass), strict=True):
-        if len(some):
+    a_pass = plan.rows_in_a_pass(flat.shape[0], columns)
+    if flat.shape[0] > a_pass:
+        for some, result in zip(flat.split(a_pass), y.split(a_pass), strict=True):
             _spmm(some, weight, bias, result)
+    elif flat.shape[0]:
+        _spmm(flat, weight, bias, y)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -139,14 +141,22 @@ _MAP_KINDS = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.uint8:
 
 def _x_map(x: Tensor, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
     """The copy engine's description of x [n, K]: boxes of ``box_rows`` rows and 64 columns, zeros outside of x."""
+    return _map_of(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), x.dtype, box_rows)
+
+
+@functools.lru_cache(maxsize=4096)
+def _map_of(
+    address: int, rows: int, columns: int, stride: int, dtype: torch.dtype, box_rows: int
+) -> ctypes.Array[ctypes.c_uint64]:
+    """:func:`_x_map` of what lies at an address. Torch gives the same ones again and again, step after step."""
     cu = launch.driver()
-    pitch = max(x.stride(0), -(-x.shape[1] // 8) * 8) * x.element_size()
-    swizzle = f"CU_TENSOR_MAP_SWIZZLE_{WORD_COLUMNS * x.element_size()}B"
+    pitch = max(stride, -(-columns // 8) * 8) * dtype.itemsize
+    swizzle = f"CU_TENSOR_MAP_SWIZZLE_{WORD_COLUMNS * dtype.itemsize}B"
     status, tensor_map = cu.cuTensorMapEncodeTiled(
-        getattr(cu.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_MAP_KINDS[x.dtype]}"),
+        getattr(cu.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_MAP_KINDS[dtype]}"),
         2,
-        x.data_ptr(),
-        [cu.cuuint64_t(x.shape[1]), cu.cuuint64_t(x.shape[0])],
+        address,
+        [cu.cuuint64_t(columns), cu.cuuint64_t(rows)],
         [cu.cuuint64_t(pitch)],
         [cu.cuuint32_t(WORD_COLUMNS), cu.cuuint32_t(box_rows)],
         [cu.cuuint32_t(1), cu.cuuint32_t(1)],
@@ -155,7 +165,7 @@ def _x_map(x: Tensor, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
         cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
         cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    launch.check(status, f"describing x of shape {tuple(x.shape)} and strides {x.stride()}")
+    launch.check(status, f"describing x of shape {(rows, columns)}, its rows {stride} elements apart")
     return (ctypes.c_uint64 * 16).from_buffer_copy(ctypes.string_at(tensor_map.getPtr(), 128))
 
 

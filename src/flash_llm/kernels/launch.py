@@ -66,6 +66,26 @@ def enter(device: int) -> None:
     _thread.entered = True
 
 
+def _config(blocks: int, threads: int, shared: int, overlap: bool) -> Any:
+    """A launch's configuration, but for the stream. Kept by each thread, since making one takes as long as a launch."""
+    known = _thread.__dict__.setdefault("configs", {})
+    config = known.get((blocks, threads, shared, overlap))
+    if config is not None:
+        return config
+    cu = driver()
+    config = cu.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared
+    if overlap:
+        attribute = cu.CUlaunchAttribute()
+        attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = _PROGRAMMATIC
+        config.attrs, config.numAttrs = [attribute], 1
+    known[blocks, threads, shared, overlap] = config
+    return config
+
+
 class Kernel:
     """One compiled kernel, on every device of its architecture. Use :func:`get`."""
 
@@ -96,16 +116,8 @@ class Kernel:
                 cu.cuKernelSetAttribute(attribute, shared, self._kernel, device)[0], f"giving {self._name} {shared} B"
             )
             self._shared[device] = shared
-        config = cu.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = shared
+        config = _config(blocks, threads, shared, overlap)
         config.hStream = torch.cuda.current_stream(device).cuda_stream
-        if overlap:
-            attribute = cu.CUlaunchAttribute()
-            attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = _PROGRAMMATIC
-            config.attrs, config.numAttrs = [attribute], 1
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         with torch.cuda.device(device):
             enter(device)
