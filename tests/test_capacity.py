@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, BioGptConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, BioGptConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
 from typer.testing import CliRunner
 
 from flash_llm.capacity import fit
@@ -27,6 +27,7 @@ from flash_llm.capacity.sizes import Format, expected_tile_words, formats, packe
 from flash_llm.checkpoint import compress_folder, read_folder
 from flash_llm.cli import app
 from flash_llm.errors import CheckpointError
+from flash_llm.layers import is_linear
 from flash_llm.prune.magnitude import Magnitude
 from flash_llm.tensor import PackedWeight, ValueKind
 from flash_llm.tensor.dummy import random_packed
@@ -193,10 +194,10 @@ def test_any_decoder_is_read_from_its_modules(kind: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shape = describe(kind, model)
-    linears = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
+    linears = [module for module in model.base_model.modules() if is_linear(module)]
     assert sum(linear.weights for linear in shape.linears) == sum(module.weight.numel() for module in linears)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
-    small = [key for key, value in model.named_parameters() if value.dim() == 1 or "position" in key]
+    small = [key for key, value in model.named_parameters() if value.dim() == 1 or "position" in key or "wpe" in key]
     assert shape.other == sum(model.get_parameter(key).numel() for key in small)
     assert len(shape.caches) == 2
 
@@ -222,12 +223,18 @@ def test_a_window_bounds_the_cache(llama_8b: ModelShape) -> None:
 
 
 def test_layers_that_cant_be_packed_stay_dense() -> None:
-    """GPT-2's are no nn.Linear: all formats weigh the same, and the plan says why."""
+    """Special ones, of classes of their own: all formats weigh the same, and the plan says why."""
+
+    class Special(torch.nn.Linear):
+        pass
+
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=500, pad_token_id=0)
-        )
-    plan = planned(describe("gpt2", model), sparsities=(0.8,), input_len=100)
+        model = AutoModelForCausalLM.from_config(CONFIGS["gpt_neox"]())
+        for layer in model.base_model.modules():
+            for name, child in list(layer.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(layer, name, Special(child.in_features, child.out_features))
+    plan = planned(describe("special", model), sparsities=(0.8,), input_len=100)
     assert plan.stay_dense == 8
     assert len({row.weights_bytes for row in plan.rows}) == 1
     assert any("8 linear layers" in line for line in remarks(plan))

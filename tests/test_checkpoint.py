@@ -131,10 +131,20 @@ def test_dense_stays_dense_where_packing_would_not_pay(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "forced", "packed"]
 
 
-def test_layers_that_are_no_linear_layers_are_said_to_be_why(tmp_path: Path) -> None:
-    source = pruned_folder(tmp_path / "dense", "gpt2")
-    with pytest.raises(ValueError, match=r"none of its layers can be packed .*c_attn: it is a Conv1D"):
-        ck.compress_folder(source, tmp_path / "packed")
+def test_why_no_layer_can_be_packed_is_said(tmp_path: Path) -> None:
+    source = pruned_folder(tmp_path / "dense", "llama")
+    with pytest.raises(ValueError, match=r"none of its layers can be packed .*its name matches '\.'"):
+        ck.compress_folder(source, tmp_path / "packed", skip=".")
+
+
+def test_weights_that_are_the_other_way_round_ask_for_a_newer_reader(tmp_path: Path) -> None:
+    """GPT-2's: an older one would take a square weight as it is."""
+    ck.compress_folder(pruned_folder(tmp_path / "dense", "gpt2"), tmp_path / "packed")
+    record = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
+    assert record["format_version"] == 4
+    layer = record["layers"]["transformer.h.0.attn.c_attn"]
+    assert (layer["shape"], layer["transposed"], layer["format_version"]) == ([144, 48], True, 1)
+    assert ck.load_packed(tmp_path / "packed", "transformer.h.0.attn.c_attn").shape == (144, 48)
 
 
 def test_a_tied_head_stays_dense_when_asked_for(tmp_path: Path) -> None:
@@ -205,9 +215,9 @@ def bad_inputs(tmp: Path) -> Iterator[tuple[str, type[Exception], str]]:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (tmp / "lost_shard/model.safetensors.index.json").write_text(json.dumps(index))
     yield "lost_shard", FileNotFoundError, "model-00001-of-00002.safetensors is missing"
-    from transformers import GPT2Config, GPT2Model
+    from transformers import ResNetConfig, ResNetModel
 
-    GPT2Model(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp / "no_linear")
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp / "no_linear")
     yield "no_linear", ValueError, "no linear layers"
 
 

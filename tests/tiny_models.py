@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -18,8 +18,11 @@ from transformers import (
     Qwen2Config,
 )
 
+from flash_llm.layers import is_linear
+
 VOCABULARY = 97
 
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
 _COMMON = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 CONFIGS = {
     "llama": lambda: LlamaConfig(
@@ -32,11 +35,10 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(
         **_COMMON, hidden_size=60, intermediate_size=90, num_attention_heads=6, num_key_value_heads=3
     ),
+    "gpt2": lambda: GPT2Config(**_GPT2),  # its layers' weights are the other way round
     "gpt_neox": lambda: GPTNeoXConfig(**_COMMON, hidden_size=48, intermediate_size=100, num_attention_heads=4),
 }
-_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
 ODD_CONFIGS = {
-    "gpt2": lambda: GPT2Config(**_GPT2),  # its layers are no nn.Linear
     "falcon": lambda: FalconConfig(  # its layers are a kind of nn.Linear of its own
         **_COMMON, hidden_size=64, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True
     ),
@@ -49,7 +51,7 @@ def pruned_model(kind: str, sparsity: float = 0.6, dtype: torch.dtype = torch.bf
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config((CONFIGS | ODD_CONFIGS)[kind]()).eval()
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             module.weight.data.masked_fill_(torch.rand_like(module.weight) < sparsity, 0.0)
         for parameter in module.parameters(recurse=False):
             if parameter.dim() == 1:  # biases and norms that matter

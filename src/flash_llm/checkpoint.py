@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,15 @@ from flash_llm.folder import (
     read_config,
     read_json,
 )
-from flash_llm.nn import BUFFERS, DEFAULT_SKIP, CompressReport, left_out
+from flash_llm.nn import BUFFERS, DEFAULT_SKIP, TRANSPOSED, CompressReport, left_out, orientation
 from flash_llm.tensor import PackedWeight, ValueKind, checksum, empty_state
 from flash_llm.tensor.layout import VALUE_DTYPES
 from flash_llm.tensor.packed import check_version, parse_metadata, tensor_names
 from flash_llm.tensor.quantise import SCALES, is_rounded
 
 QUANT_METHOD = "flash_llm"
+FOLDER_VERSION = 4
+"""Of a folder with layers that are the other way round when dense; others have their layers' newest version."""
 PRUNING = "pruning.json"
 
 WORTH = 0.85
@@ -213,9 +215,10 @@ def compress_folder(
         for name in _progress(folder.names, "Compressing", progress):
             tensor = _converted(name, folder.read(name), target)
             layer = name.removesuffix(".weight")
-            weight = pack(tensor, name) if name in candidates else None
+            turned = candidates.get(name, False)
+            weight = pack(tensor.t().contiguous() if turned else tensor, name) if name in candidates else None
             if isinstance(weight, PackedWeight):
-                layers[layer] = weight.metadata()
+                layers[layer] = weight.metadata() | orientation(turned)
                 report.packed.append(layer)
                 for part, packed in weight.tensors().items():
                     writer.add(f"{layer}.{BUFFERS[part]}", packed.cpu())
@@ -263,7 +266,9 @@ def decompress_folder(
         for name in _progress(folder.names, "Expanding", progress):
             layer = name.removesuffix(f".{BUFFERS['values']}")
             if layer in record["layers"]:
-                writer.add(f"{layer}.weight", _read_packed(folder, record, layer).to_dense())
+                dense = _read_packed(folder, record, layer).to_dense()
+                turned = record["layers"][layer].get(TRANSPOSED)
+                writer.add(f"{layer}.weight", dense.t().contiguous() if turned else dense)
             elif name in record["checksums"] and name not in placeholders:
                 writer.add(name, folder.read(name))
         writer.close()
@@ -305,7 +310,7 @@ def read_folder(model_dir: str | Path, *, count_zeros: bool | None = None) -> Fo
 
 
 def load_packed(model_dir: str | Path, layer: str) -> PackedWeight:
-    """One packed layer of a compressed folder, validated.
+    """One packed layer of a compressed folder, validated: [outputs, inputs], GPT-2's too.
 
     Raises:
         KeyError: no packed layer of that name.
@@ -365,14 +370,16 @@ def make_record(
     """The ``quantization_config`` of a compressed folder, still without its ``config_digest``.
 
     Args:
-        layers: ``PackedWeight.metadata`` by the layers' names in the checkpoint.
+        layers: ``SparseLinear.described`` by the layers' names in the checkpoint.
         dense: linear layers that are not packed, and why.
         checksums: :func:`fingerprint` of all other tensors.
         pruning: how the model was pruned, or None.
     """
+    turned = any(metadata.get(TRANSPOSED) for metadata in layers.values())
+    newest = max((metadata["format_version"] for metadata in layers.values()), default=1)
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": max((metadata["format_version"] for metadata in layers.values()), default=1),
+        "format_version": FOLDER_VERSION if turned else newest,
         "layers": dict(layers),
         "dense": dict(dense),
         "checksums": dict(checksums),
@@ -402,7 +409,7 @@ def folder_record(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def check_record(record: Mapping[str, Any]) -> None:
     """Checks the version of a ``quantization_config`` and that all its parts are there. Raises as folder_record."""
-    check_version(record.get("format_version"), "compressed folder of format version")
+    check_version(record.get("format_version"), "compressed folder of format version", FOLDER_VERSION)
     wrong = [part for part in ("layers", "dense", "checksums") if not isinstance(record.get(part), Mapping)]
     if wrong or not all(isinstance(metadata, Mapping) for metadata in record["layers"].values()):
         raise CheckpointError(
@@ -537,8 +544,8 @@ def _find_linears(folder: ModelFolder, infos: Mapping[str, TensorInfo]) -> Any:
 
 def _candidates(
     folder: ModelFolder, infos: Mapping[str, TensorInfo], skip: Iterable[str], report: FolderReport
-) -> set[str]:
-    """Names of the tensors that may be packed; what may not goes into the report."""
+) -> dict[str, bool]:
+    """Names of the tensors that may be packed, and whether they are [inputs, outputs]; others go into the report."""
     skip = [skip] if isinstance(skip, str) else list(skip)
     try:
         patterns = [re.compile(pattern) for pattern in skip]
@@ -546,7 +553,7 @@ def _candidates(
         raise ValueError(f"skip: {error.pattern!r} is no regular expression: {error}") from error
     found = _find_linears(folder, infos)
     report.skipped.update(found.other)
-    candidates = set()
+    candidates = {}
     for layer in found.layers:
         reason = left_out(layer, patterns, found.head)
         if reason is not None:
@@ -555,12 +562,12 @@ def _candidates(
         dtype = infos[f"{layer}.weight"].dtype
         if dtype not in (*VALUE_DTYPES, *_WIDE):
             raise TypeError(f"{folder.path}: {layer}.weight is of {dtype}; take the float16 or bfloat16 original")
-        candidates.add(f"{layer}.weight")
+        candidates[f"{layer}.weight"] = layer in found.turned
     return candidates
 
 
 def _target_dtype(
-    infos: Mapping[str, TensorInfo], candidates: set[str], dtype: str | torch.dtype | None, report: FolderReport
+    infos: Mapping[str, TensorInfo], candidates: Collection[str], dtype: str | torch.dtype | None, report: FolderReport
 ) -> torch.dtype | None:
     """The dtype to convert the model to, or None to leave every tensor as it is."""
     if dtype is not None:
@@ -638,7 +645,7 @@ def _known_scales(folder: ModelFolder, kind: ValueKind) -> dict[str, Tensor]:
 def _estimate(
     folder: ModelFolder,
     infos: Mapping[str, TensorInfo],
-    candidates: set[str],
+    candidates: Collection[str],
     target: torch.dtype | None,
     kind: ValueKind,
 ) -> int:
@@ -654,7 +661,7 @@ def _estimate(
     return total
 
 
-def _nothing_gained(folder: ModelFolder, report: FolderReport, candidates: set[str]) -> str:
+def _nothing_gained(folder: ModelFolder, report: FolderReport, candidates: Collection[str]) -> str:
     reasons = {name: reason for name, reason in report.skipped.items() if f"{name}.weight" in candidates}
     return (
         f"{folder.path}: no layer would gain by being packed{_examples(reasons)}. Prune the model first, with "

@@ -6,13 +6,14 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flash_llm import ops
 from flash_llm.errors import SlowPathWarning
+from flash_llm.layers import is_packable, is_turned, matrix
 from flash_llm.staying_dense import output_layer, staying_dense
 from flash_llm.tensor import PackedWeight, ValueKind, empty_state, parse_metadata
 from flash_llm.tensor.layout import VALUE_DTYPES
@@ -31,6 +32,9 @@ EXPANDED = (
     "memory and speed are those of the dense model. Use a GPU for the gain."
 )
 """What is said where weights are, of the layers."""
+
+TRANSPOSED = "transposed"
+"""Recorded of a layer whose dense weight is [inputs, outputs]."""
 
 DEFAULT_SKIP = (r"(^|\.)lm_head$", r"(^|\.)embed_out$", r"(^|\.)score$")
 """Layers that stay dense unless asked: regular expressions searched in the layers' names. They stand for the output
@@ -55,7 +59,11 @@ class SparseLinear(nn.Module):
         tensors: Mapping[str, Tensor] | None = None,
         bias: Tensor | None = None,
     ) -> None:
-        """From what ``PackedWeight.metadata()`` says; without ``tensors`` an empty layer on the meta device."""
+        """From what ``PackedWeight.metadata()`` says; without ``tensors`` an empty layer on the meta device.
+
+        With ``"transposed": True`` among the metadata the layer stands in the place of one whose dense weight is
+        [in_features, out_features], transformers' ``Conv1D``.
+        """
         super().__init__()
         fields = parse_metadata(metadata)
         self.out_features, self.in_features = fields["shape"]
@@ -64,6 +72,7 @@ class SparseLinear(nn.Module):
         self.packed_dtype: torch.dtype = fields["dtype"]
         self.dtype = self.packed_dtype
         self.metadata = dict(metadata)
+        self.transposed = bool(metadata.get(TRANSPOSED, False))
         state: Mapping[str, Tensor | None] = {"scales": None, **(tensors or empty_state(metadata))}
         for name, tensor in state.items():
             self.register_buffer(BUFFERS[name], tensor)
@@ -75,10 +84,18 @@ class SparseLinear(nn.Module):
         return cls(weight.metadata(), weight.tensors(), bias)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, values: str | ValueKind = ValueKind.BITS16) -> SparseLinear:
-        """Packs a dense layer, on its own device. Takes ``values`` and raises as :meth:`PackedWeight.from_dense`."""
-        bias = None if linear.bias is None else linear.bias.detach()
-        return cls.from_packed(PackedWeight.from_dense(linear.weight.detach(), values=values), bias)
+    def from_linear(cls, linear: nn.Module, values: str | ValueKind = ValueKind.BITS16) -> SparseLinear:
+        """Packs a dense layer, an ``nn.Linear`` or transformers' ``Conv1D``, on its own device.
+
+        Takes ``values`` and raises as :meth:`PackedWeight.from_dense`.
+        """
+        bias = None if linear.bias is None else linear.bias.detach()  # type: ignore[operator]  # a parameter
+        weight = PackedWeight.from_dense(matrix(linear).detach(), values=values)
+        return cls(weight.metadata() | orientation(is_turned(linear)), weight.tensors(), bias)
+
+    def described(self) -> dict[str, Any]:
+        """What a checkpoint records of the weight as it now is."""
+        return self.packed.metadata() | orientation(self.transposed)
 
     @property
     def packed(self) -> PackedWeight:
@@ -138,10 +155,6 @@ def _as_before(moved: Tensor, before: Tensor) -> Tensor:
     return moved if moved.dtype == before.dtype else before.to(moved.device)
 
 
-_SAME_PRODUCT = ("FalconLinear",)
-"""Classes whose forward differs from ``nn.Linear``'s in rounding alone."""
-
-
 @dataclass
 class CompressReport:
     """What :func:`compress` did: layers' names, and why others stayed dense."""
@@ -163,7 +176,7 @@ def compress(
     others of 16 bits. A model of transformers can be saved afterwards as a compressed folder, by ``save_pretrained``.
 
     Args:
-        model: any module; its ``nn.Linear`` layers are replaced, each on its own device.
+        model: any module; its ``nn.Linear`` layers, and GPT-2's ``Conv1D``, are replaced, each on its own device.
         skip: regular expressions; a layer whose name one of them is found in stays dense.
         values: "16-bit"; or "float8_e4m3" or "int8", which nonzeros are rounded to, with a scale for each row.
 
@@ -186,10 +199,11 @@ def pack_linears(model: nn.Module, skip: Iterable[str], values: str | ValueKind)
     report = CompressReport()
     must, head = staying_dense(model), output_layer(model)
     # Names and dtypes, no modules: so each dense weight's memory is free once it is replaced.
-    linears = {name: module.weight.dtype for name, module in model.named_modules() if is_plain(module)}
+    found = ((name, module) for name, module in model.named_modules() if is_packable(module))
+    linears = {name: module.get_parameter("weight").dtype for name, module in found}
     if not linears:
         raise ValueError(f"{type(model).__name__} has no linear layers to compress")
-    if isinstance(model, nn.Linear):
+    if is_packable(model):
         raise ValueError("the model is itself a linear layer: use SparseLinear.from_linear")
     for name, dtype in linears.items():
         reason = left_out(name, patterns, head) or must.get(name)
@@ -205,7 +219,7 @@ def pack_linears(model: nn.Module, skip: Iterable[str], values: str | ValueKind)
         else:
             report.packed.append(name)
     for name in report.packed:
-        replace_module(model, name, SparseLinear.from_linear(cast(nn.Linear, model.get_submodule(name)), kind))
+        replace_module(model, name, SparseLinear.from_linear(model.get_submodule(name), kind))
     return report
 
 
@@ -217,15 +231,6 @@ def left_out(name: str, patterns: list[re.Pattern[str]], head: str | None) -> st
     if name == head and set(DEFAULT_SKIP) <= {pattern.pattern for pattern in patterns}:
         return "it is the output layer"
     return None
-
-
-def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is a linear layer and no more, so that :class:`SparseLinear` can take its place.
-
-    Subclasses are not, even with ``nn.Linear``'s own forward: ``nn.MultiheadAttention`` takes the weight out of its
-    output layer, of such a class, and multiplies by itself. Falcon's is one, which only spells its product out.
-    """
-    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and type(module).__name__ in _SAME_PRODUCT)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -243,6 +248,11 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
         parent = parent.rpartition(".")[0]
+
+
+def orientation(transposed: bool) -> dict[str, bool]:
+    """What is recorded of a layer besides its packed weight."""
+    return {TRANSPOSED: True} if transposed else {}
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from flash_llm.layers import is_linear
+
 _TELLS_LITTLE = ("dtype", "device")  # of a weight: a packed layer's placeholder has these right
 _NOT_HERE = ("training", "pretraining_tp", "slow_but_exact")  # conditions under which nobody runs a packed model
 
@@ -25,11 +27,11 @@ def staying_dense(model: nn.Module) -> dict[str, str]:
     shared = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     found = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+        if not is_linear(module):
             continue
         holder, _, attribute = name.rpartition(".")
         kind = type(model.get_submodule(holder))
-        if shared[id(module.weight)] > 1:
+        if shared[id(module.get_parameter("weight"))] > 1:
             found[name] = "its weight is shared with another layer"
         elif attribute in computed_with(kind):  # type: ignore[arg-type]  # a class has a hash
             found[name] = f"{kind.__name__} computes with its weight itself"

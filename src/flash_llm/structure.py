@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
 
 from flash_llm.errors import CheckpointError
-from flash_llm.nn import BUFFERS, is_plain
+from flash_llm.layers import is_linear, is_packable, is_turned
+from flash_llm.nn import BUFFERS
 from flash_llm.staying_dense import output_layer, staying_dense
 from flash_llm.tensor.layout import VALUE_DTYPES
 
@@ -50,7 +49,7 @@ class TensorNames:
         self._prefix = model.base_model_prefix
         self._state: dict[str, Any] = dict(model.state_dict())
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):  # its tensors once it is packed
+            if is_linear(module):  # its tensors once it is packed
                 self._state.update({f"{name}.{buffer}": True for buffer in BUFFERS.values()})
 
     def target(self, name: str) -> tuple[str | None, bool]:
@@ -76,11 +75,13 @@ class Linears:
 
     Attributes:
         layers: those whose weight is one tensor of the checkpoint, and the names of their modules.
+        turned: those of them whose weight is [inputs, outputs] in the checkpoint.
         other: those that can't be packed, and why.
         head: the output layer, if it is one of ``layers``.
     """
 
     layers: dict[str, str] = field(default_factory=dict)
+    turned: set[str] = field(default_factory=set)
     other: dict[str, str] = field(default_factory=dict)
     head: str | None = None
 
@@ -93,13 +94,13 @@ def find_linears(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
         CheckpointError: a tensor's shape is not the one that the config calls for.
     """
     names = TensorNames(model)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     if not linears:
         raise ValueError(f"{type(model).__name__} has no linear layers to compress")
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     in_float32 = kept_in_float32(model, torch.float16)
     must, head = staying_dense(model), output_layer(model)
-    in_16_bits = any(linear.weight.dtype in VALUE_DTYPES for linear in linears.values())
+    in_16_bits = any(linear.get_parameter("weight").dtype in VALUE_DTYPES for linear in linears.values())
     found, seen = Linears(), set()
     for tensor in shapes:
         target, converted = names.target(tensor)
@@ -115,26 +116,26 @@ def find_linears(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
             continue
         seen.add(module)
         linear = linears[module]
-        expected = (linear.out_features, linear.in_features)
+        weight = linear.get_parameter("weight")
+        expected = tuple(weight.shape)
         if shapes[tensor] != expected:
             raise CheckpointError(f"{tensor} is {list(shapes[tensor])}, but config.json makes it {list(expected)}")
-        if not is_plain(linear):
+        if not is_packable(linear):
             found.other[layer] = f"it is a special linear layer, {type(linear).__name__}"
         elif target in tied:
             found.other[layer] = "its weight is shared with another layer"
         elif module in must:
             found.other[layer] = must[module]
-        elif in_float32(target) or (in_16_bits and linear.weight.dtype == torch.float32):
+        elif in_float32(target) or (in_16_bits and weight.dtype == torch.float32):
             found.other[layer] = f"{type(model).__name__} keeps it in float32"
         elif names.layer(layer) != module:
             found.other[layer] = "transformers renames its tensors one by one at load"
         else:
             found.layers[layer] = module
+            if is_turned(linear):
+                found.turned.add(layer)
             if module == head:
                 found.head = layer
-    for name, module in model.named_modules():
-        if isinstance(module, Conv1D):
-            found.other[name] = "it is a Conv1D, which has its weight the other way round"
     for name in linears:
         if name not in seen and f"{name}.weight" not in tied:
             found.other.setdefault(name, "its weight is not a tensor of its own in the checkpoint")

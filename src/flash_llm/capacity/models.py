@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from flash_llm.errors import CheckpointError
 from flash_llm.folder import CONFIG, read_json
-from flash_llm.nn import is_plain
+from flash_llm.layers import is_linear, is_packable, sizes
 from flash_llm.structure import meta_model
 
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -235,7 +234,7 @@ def describe(name: str, model: PreTrainedModel) -> ModelShape:
         name=name,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         linears=_linears(model, head),
-        head=_size(head),
+        head=sizes(head),
         embedding=embedding.weight.numel() + (0 if tied else head.weight.numel()),
         caches=caches,
         heads=heads,
@@ -257,10 +256,10 @@ def _linears(model: PreTrainedModel, head: nn.Module) -> tuple[Linear, ...]:
     """Linear layers but the output layer, those with the same input together, equal ones counted."""
     counts: dict[tuple[tuple[int, ...], int, bool], int] = {}
     for module in model.modules():
-        children = {key: child for key, child in module.named_children() if _is_linear(child) and child is not head}
+        children = {key: child for key, child in module.named_children() if is_linear(child) and child is not head}
         for group in _groups(children):
-            sizes = [_size(child) for child in group]
-            key = (tuple(rows for rows, _ in sizes), sizes[0][1], all(is_plain(child) for child in group))
+            shapes = [sizes(child) for child in group]
+            key = (tuple(rows for rows, _ in shapes), shapes[0][1], all(is_packable(child) for child in group))
             counts[key] = counts.get(key, 0) + 1
     return tuple(Linear(rows, columns, count, packable) for (rows, columns, packable), count in counts.items())
 
@@ -272,16 +271,6 @@ def _groups(children: dict[str, nn.Module]) -> list[list[nn.Module]]:
         if all(name in left for name in names):
             groups.append([left.pop(name) for name in names])
     return [*groups, *([child] for child in left.values())]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
-def _size(module: nn.Module) -> tuple[int, int]:
-    """(rows, columns) as of nn.Linear; GPT-2's Conv1D has its weight the other way round."""
-    first, second = module.get_parameter("weight").shape
-    return (first, second) if isinstance(module, nn.Linear) else (second, first)
 
 
 def _caches(name: str, model: PreTrainedModel) -> tuple[Cache, ...]:

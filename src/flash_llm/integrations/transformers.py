@@ -35,14 +35,15 @@ from flash_llm.checkpoint import (
 )
 from flash_llm.errors import CheckpointError
 from flash_llm.folder import CONFIG, TensorFiles, config_digest
+from flash_llm.layers import is_packable, is_turned, sizes
 from flash_llm.nn import (
     AFTER_COMPRESS,
     BUFFERS,
     DEFAULT_SKIP,
+    TRANSPOSED,
     CompressReport,
     SparseLinear,
     expand_on_cpu,
-    is_plain,
     pack_linears,
     replace_module,
     sparse_layers,
@@ -152,11 +153,12 @@ class FlashLLMQuantizer(HfQuantizer):
                 raise CheckpointError(f"{type(model).__name__} has no linear layer for the packed {layer}")
             return  # a part of the model is being loaded, AutoModel say, and this layer is not in it
         linear = model.get_submodule(name)
-        if not is_plain(linear) or [linear.out_features, linear.in_features] != list(metadata["shape"]):
+        fits = is_packable(linear) and is_turned(linear) == bool(metadata.get(TRANSPOSED))
+        if not fits or list(sizes(linear)) != list(metadata["shape"]):
             raise CheckpointError(
                 f"the packed {layer} is {metadata['shape']}, but {name} of {type(model).__name__} is {linear}"
             )
-        bias = None if linear.bias is None else linear.bias.detach()
+        bias = linear.bias.detach() if isinstance(linear.bias, Tensor) else None
         replace_module(model, name, SparseLinear(metadata, bias=bias))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -225,7 +227,7 @@ class FlashLLMQuantizer(HfQuantizer):
             state[f"{first}.weight"] = torch.empty(0, dtype=weight.dtype, device=weight.device)
         old = self.config.record
         self.config.record = make_record(
-            {name: weight.metadata() for name, weight in packed.items()},
+            {stored[name]: layer.described() for name, layer in layers.items()},
             old.get("dense", {}),
             _dense_checksums(model, state, packed),
             old.get("pruning"),
@@ -241,13 +243,26 @@ class FlashLLMQuantizer(HfQuantizer):
         config.quantization_config = self.config
         self.config.record["config_digest"] = config_digest(json.loads(config.to_json_string()))
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # so it is in a config that was saved
         for name, layer in sparse_layers(model).items():
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            linear.weight = nn.Parameter(layer.packed.to_dense(dtype or layer.dtype))
-            linear.register_parameter("bias", layer.bias)
-            replace_module(model, name, linear)
+            replace_module(model, name, _dense_layer(layer, dtype or layer.dtype))
         return model
+
+
+def _dense_layer(layer: SparseLinear, dtype: torch.dtype) -> nn.Module:
+    """The layer that a packed one stands for, with its weight."""
+    from transformers.pytorch_utils import Conv1D
+
+    weight = layer.packed.to_dense(dtype)
+    with torch.device("meta"):
+        if layer.transposed:
+            dense: nn.Module = Conv1D(layer.out_features, layer.in_features)
+        else:
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    dense.weight = nn.Parameter(weight.t().contiguous() if layer.transposed else weight)
+    dense.register_parameter("bias", layer.bias)
+    return dense
 
 
 def unsaved_record(report: CompressReport) -> dict[str, Any]:

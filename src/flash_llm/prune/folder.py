@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flash_llm.errors import CheckpointError
 from flash_llm.files import write_json
+from flash_llm.layers import matrix
 from flash_llm.progress import progress_bar
 from flash_llm.prune import alps, magnitude, sparsegpt, wanda  # noqa: F401  importing a method registers it
 from flash_llm.prune.allocate import ALLOCATIONS, Allocation
@@ -28,7 +29,7 @@ from flash_llm.prune.quantise import quantise
 from flash_llm.prune.skeleton import Skeleton
 from flash_llm.prune.source import SourceFolder
 from flash_llm.prune.statistics import Collector, Statistics
-from flash_llm.prune.survey import check_finite, matrix, read_finite, survey
+from flash_llm.prune.survey import check_finite, read_finite, survey
 from flash_llm.prune.walk import Walk
 from flash_llm.tensor import ValueKind
 from flash_llm.tensor.quantise import SCALES

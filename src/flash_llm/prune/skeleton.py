@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from flash_llm.errors import CheckpointError
+from flash_llm.layers import is_linear
 from flash_llm.prune.source import SourceFolder
 from flash_llm.prune.stored import StoredTensors
 
@@ -78,7 +78,7 @@ class Skeleton:
     def linears(self, prefix: str) -> dict[str, nn.Module]:
         """Linear layers at or under the module ``prefix``, by their full names."""
         found = self.model.get_submodule(prefix).named_modules(prefix=prefix)
-        return {name: module for name, module in found if isinstance(module, (nn.Linear, Conv1D))}
+        return {name: module for name, module in found if is_linear(module)}
 
     def fused(self, prefix: str) -> dict[str, int]:
         """Weights under the module ``prefix`` that are in no layer but in merged matrices: experts, for example.
@@ -88,7 +88,7 @@ class Skeleton:
         """
         found: dict[str, int] = {}
         for name, module in self.model.get_submodule(prefix).named_modules(prefix=prefix):
-            if isinstance(module, (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            if is_linear(module) or isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 continue
             for leaf, p in module.named_parameters(recurse=False):
                 if p.dim() >= 2 and min(p.shape) >= (self.embedding_shape[1] if p.dim() == 2 else 2):

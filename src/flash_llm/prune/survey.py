@@ -7,9 +7,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
+from flash_llm.layers import matrix
 from flash_llm.prune.allocate import Allocation, Block
 from flash_llm.prune.job import Stages
 from flash_llm.prune.method import Pruner
@@ -91,11 +91,6 @@ def _survey_block(
     return allocation.survey(
         Block(weights, statistics, replace, lambda n: islice(walk.outputs(index), n)), pruner, sparsity
     )
-
-
-def matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """Turn a stored weight to ``[outputs, inputs]``, and back: GPT-2's Conv1D stores ``[inputs, outputs]``."""
-    return weight.t().contiguous() if isinstance(module, Conv1D) else weight
 
 
 def read_finite(skeleton: Skeleton, key: str) -> Tensor:

@@ -463,12 +463,13 @@ def _parse_kind(metadata: Mapping[str, Any]) -> ValueKind:
     return known[values]
 
 
-def check_version(version: Any, what: str) -> None:
+def check_version(version: Any, what: str, newest: int = FORMAT_VERSION) -> None:
     """Raises a FormatError that says what to do about a version that isn't known; ``what`` has it."""
-    known = [number for number in range(1, FORMAT_VERSION + 1) if number not in RETIRED_VERSIONS]
+    known = [number for number in range(1, newest + 1) if number not in RETIRED_VERSIONS]
     if type(version) is not int or version not in known:
-        hint = "upgrade flash-llm" if isinstance(version, int) and version > FORMAT_VERSION else "compress it again"
-        raise FormatError(f"{what} {version!r}; this release reads versions {' and '.join(map(str, known))}: {hint}")
+        hint = "upgrade flash-llm" if isinstance(version, int) and version > newest else "compress it again"
+        listed = f"{', '.join(map(str, known[:-1]))} and {known[-1]}"
+        raise FormatError(f"{what} {version!r}; this release reads versions {listed}: {hint}")
 
 
 def empty_state(metadata: Mapping[str, Any], device: torch.device | str = "meta") -> dict[str, Tensor]:
