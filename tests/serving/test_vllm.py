@@ -28,7 +28,7 @@ def tokens(outcome: Any) -> list[list[int]]:
     return [answer["tokens"] for answer in outcome]
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt", "qwen2", "stablelm"])
+@pytest.mark.parametrize("kind", ["llama", "opt", "qwen2", "stablelm", "gpt2"])
 def test_compressed_folders_and_packing_at_load_give_the_tokens_of_transformers(kind: str, tmp_path: Path) -> None:
     dense = dense_folder(tmp_path / "dense", kind)
     small = compressed_folder(tmp_path / "small", dense)
@@ -130,7 +130,7 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
     for outcome, words in zip(
         outcomes[:5],
         [
-            "99; this release reads versions 1 and 3: upgrade flash-llm",
+            "99; this release reads versions 1, 3 and 4: upgrade flash-llm",
             "--skip 'lm_head'",
             "--skip 'query_key_value'",
             "how many zeros",

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    GPT2Config,
     LlamaConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from flash_llm.checkpoint import compress_folder
+from flash_llm.layers import is_linear
 
 CPU_BUILD = [
     pytest.mark.vllm,
@@ -50,6 +51,8 @@ def config(kind: str, width: int = 128) -> PreTrainedConfig:
         )
     if kind == "bloom":
         return BloomConfig(**_COMMON, hidden_size=width, n_head=heads)
+    if kind == "gpt2":
+        return GPT2Config(**_COMMON, hidden_size=width, n_head=heads)
     made = {"llama": LlamaConfig, "qwen2": Qwen2Config, "stablelm": StableLmConfig}[kind]
     return made(
         **_COMMON,
@@ -65,7 +68,7 @@ def dense_folder(path: Path, kind: str, width: int = 128, dtype: torch.dtype = t
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config(kind, width))
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             module.weight.data.mul_(4).masked_fill_(torch.rand_like(module.weight) < 0.6, 0)
         for parameter in module.parameters(recurse=False):
             if parameter.dim() == 1:
