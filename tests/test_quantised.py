@@ -208,9 +208,7 @@ def test_a_reader_of_version_1_would_refuse_it_and_this_one_refuses_a_newer(
     folders: tuple[str, Path, Path], tmp_path: Path
 ) -> None:
     config = json.loads((folders[1] / "config.json").read_text())
-    with pytest.raises(
-        FormatError, match=r"format version 5; this release reads versions 1, 3 and 4: upgrade"
-    ):
+    with pytest.raises(FormatError, match=r"format version 5; this release reads versions 1, 3 and 4: upgrade"):
         ck.folder_record(config | {"quantization_config": config["quantization_config"] | {"format_version": 5}})
     ck.compress_folder(folders[1].parent / "dense", tmp_path / "16")
     record = json.loads((tmp_path / "16/config.json").read_text())["quantization_config"]
