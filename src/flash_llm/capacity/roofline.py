@@ -19,6 +19,7 @@ SLOW_ALL_REDUCE = 4.0
 """How many times NVLink's latency a sum takes over PCIe. Assumed."""
 
 _NOT_OVERLAPPED = 0.25  # of a sparse weight's decoding with many rows of x: see docs/hardware.md
+_NOT_OVERLAPPED_FROM, _NOT_OVERLAPPED_TO = 64, 96  # rows of x between which that grows to its full
 _BYTES = 2  # of an activation, of an element of the KV cache, and of a weight that stays dense
 
 
@@ -169,7 +170,9 @@ class Roofline:
         kernel = turns * decoding + (self._spmm_us(form, rows, columns, rest) if rest else 0.0)
         if self.rates.wide:
             products = 2.0 * n * rows * columns / self.rates.matrix * 1e6
-            kernel = min(kernel, max(products, decoding) + _NOT_OVERLAPPED * decoding)
+            grown = (n - _NOT_OVERLAPPED_FROM) / (_NOT_OVERLAPPED_TO - _NOT_OVERLAPPED_FROM)
+            besides = _NOT_OVERLAPPED * min(1.0, max(0.0, grown))
+            kernel = min(kernel, max(products, decoding) + besides * decoding)
         unpacking = (form.nbytes(rows, columns) + dense.nbytes(rows, columns)) / (
             self.rates.read * self.known.dense.read
         )
