@@ -93,7 +93,7 @@ def test_the_usual_plan_stays_unless_another_is_clearly_quicker() -> None:
 
 
 def test_of_ns_that_a_plan_treats_alike_the_largest_is_measured() -> None:
-    rows = rows_of(Clock({}), 1, 8, 16, 33, 64)
+    rows = rows_of(Clock({}), 1, 8, 16, 49, 64)
     assert [(row["n"], row["n_blocks"], row["passes"]) for row in rows] == [(8, 1, 1), (16, 2, 1), (64, 8, 1)]
 
 
