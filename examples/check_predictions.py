@@ -31,8 +31,13 @@ from flash_llm.files import write_json
 from flash_llm.tensor import ValueKind
 
 SPARSE_MODELS = (
-    *("opt-30b-h100", "opt-30b-second-h100", "opt-30b-before-h100", "opt-66b-h100", "opt-66b-one-h100"),
-    *("opt-175b-h200", "llama-3-8b-h100"),
+    "opt-30b-h100",
+    "opt-30b-second-h100",
+    "opt-30b-before-h100",
+    "opt-66b-h100",
+    "opt-66b-one-h100",
+    "opt-175b-h200",
+    "llama-3-8b-h100",
 )
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 ASSUMED_MATRIX_SHARE = 0.7

@@ -37,6 +37,7 @@ from flash_llm.folder import (
     read_config,
     read_json,
 )
+from flash_llm.layers import oriented
 from flash_llm.nn import BUFFERS, DEFAULT_SKIP, TRANSPOSED, CompressReport, left_out, orientation
 from flash_llm.tensor import PackedWeight, ValueKind, checksum, empty_state
 from flash_llm.tensor.layout import VALUE_DTYPES
@@ -216,7 +217,7 @@ def compress_folder(
             tensor = _converted(name, folder.read(name), target)
             layer = name.removesuffix(".weight")
             turned = candidates.get(name, False)
-            weight = pack(tensor.t().contiguous() if turned else tensor, name) if name in candidates else None
+            weight = pack(oriented(tensor, turned), name) if name in candidates else None
             if isinstance(weight, PackedWeight):
                 layers[layer] = weight.metadata() | orientation(turned)
                 report.packed.append(layer)
@@ -266,9 +267,8 @@ def decompress_folder(
         for name in _progress(folder.names, "Expanding", progress):
             layer = name.removesuffix(f".{BUFFERS['values']}")
             if layer in record["layers"]:
-                dense = _read_packed(folder, record, layer).to_dense()
-                turned = record["layers"][layer].get(TRANSPOSED)
-                writer.add(f"{layer}.weight", dense.t().contiguous() if turned else dense)
+                turned = bool(record["layers"][layer].get(TRANSPOSED))
+                writer.add(f"{layer}.weight", oriented(_read_packed(folder, record, layer).to_dense(), turned))
             elif name in record["checksums"] and name not in placeholders:
                 writer.add(name, folder.read(name))
         writer.close()
@@ -370,7 +370,7 @@ def make_record(
     """The ``quantization_config`` of a compressed folder, still without its ``config_digest``.
 
     Args:
-        layers: ``SparseLinear.described`` by the layers' names in the checkpoint.
+        layers: ``PackedWeight.metadata`` and ``nn.orientation`` by the layers' names in the checkpoint.
         dense: linear layers that are not packed, and why.
         checksums: :func:`fingerprint` of all other tensors.
         pruning: how the model was pruned, or None.

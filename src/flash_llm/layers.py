@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
-
 from torch import Tensor, nn
 
 _SAME_PRODUCT = ("FalconLinear",)
@@ -16,17 +14,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_packable(module: nn.Module) -> bool:
-    """Whether a module is a linear layer and no more, so that :class:`flash_llm.nn.SparseLinear` can take its place."""
-    return is_plain(module) or is_turned(module)
-
-
-def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is an ``nn.Linear`` and no more.
+    """Whether a module is a linear layer and no more, so that :class:`flash_llm.nn.SparseLinear` can take its place.
 
     Subclasses are not, even with ``nn.Linear``'s own forward: ``nn.MultiheadAttention`` takes the weight out of its
     output layer, of such a class, and multiplies by itself. Falcon's is one, which only spells its product out.
     """
-    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and type(module).__name__ in _SAME_PRODUCT)
+    plain = type(module) is nn.Linear or (isinstance(module, nn.Linear) and type(module).__name__ in _SAME_PRODUCT)
+    return plain or is_turned(module)
 
 
 def is_turned(module: nn.Module) -> bool:
@@ -38,10 +32,19 @@ def is_turned(module: nn.Module) -> bool:
     return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
+def oriented(weight: Tensor, turned: bool) -> Tensor:
+    """[outputs, inputs] of a weight that is the other way round if ``turned``; and back."""
+    return weight.t().contiguous() if turned else weight
+
+
 def matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:
     """A linear layer's weight as [outputs, inputs]; or that of a tensor that is stored as its weight is, and back."""
-    weight = module.get_parameter("weight") if weight is None else weight
-    return weight.t().contiguous() if is_turned(module) else weight
+    return oriented(module.get_parameter("weight") if weight is None else weight, is_turned(module))
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """A linear layer's bias, if it has one."""
+    return module.bias.detach() if isinstance(module.bias, Tensor) else None
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flash_llm import ops
 from flash_llm.errors import SlowPathWarning
-from flash_llm.layers import is_packable, is_turned, matrix
+from flash_llm.layers import bias_of, is_packable, is_turned, matrix
 from flash_llm.staying_dense import output_layer, staying_dense
 from flash_llm.tensor import PackedWeight, ValueKind, empty_state, parse_metadata
 from flash_llm.tensor.layout import VALUE_DTYPES
@@ -72,7 +72,6 @@ class SparseLinear(nn.Module):
         self.packed_dtype: torch.dtype = fields["dtype"]
         self.dtype = self.packed_dtype
         self.metadata = dict(metadata)
-        self.transposed = bool(metadata.get(TRANSPOSED, False))
         state: Mapping[str, Tensor | None] = {"scales": None, **(tensors or empty_state(metadata))}
         for name, tensor in state.items():
             self.register_buffer(BUFFERS[name], tensor)
@@ -80,8 +79,8 @@ class SparseLinear(nn.Module):
         self._dense: Tensor | None = None
 
     @classmethod
-    def from_packed(cls, weight: PackedWeight, bias: Tensor | None = None) -> SparseLinear:
-        return cls(weight.metadata(), weight.tensors(), bias)
+    def from_packed(cls, weight: PackedWeight, bias: Tensor | None = None, transposed: bool = False) -> SparseLinear:
+        return cls(weight.metadata() | orientation(transposed), weight.tensors(), bias)
 
     @classmethod
     def from_linear(cls, linear: nn.Module, values: str | ValueKind = ValueKind.BITS16) -> SparseLinear:
@@ -89,13 +88,13 @@ class SparseLinear(nn.Module):
 
         Takes ``values`` and raises as :meth:`PackedWeight.from_dense`.
         """
-        bias = None if linear.bias is None else linear.bias.detach()  # type: ignore[operator]  # a parameter
         weight = PackedWeight.from_dense(matrix(linear).detach(), values=values)
-        return cls(weight.metadata() | orientation(is_turned(linear)), weight.tensors(), bias)
+        return cls.from_packed(weight, bias_of(linear), is_turned(linear))
 
-    def described(self) -> dict[str, Any]:
-        """What a checkpoint records of the weight as it now is."""
-        return self.packed.metadata() | orientation(self.transposed)
+    @property
+    def transposed(self) -> bool:
+        """Whether the dense layer's weight is [in_features, out_features]."""
+        return bool(self.metadata.get(TRANSPOSED))
 
     @property
     def packed(self) -> PackedWeight:

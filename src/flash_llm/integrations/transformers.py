@@ -35,7 +35,7 @@ from flash_llm.checkpoint import (
 )
 from flash_llm.errors import CheckpointError
 from flash_llm.folder import CONFIG, TensorFiles, config_digest
-from flash_llm.layers import is_packable, is_turned, sizes
+from flash_llm.layers import bias_of, is_packable, is_turned, oriented, sizes
 from flash_llm.nn import (
     AFTER_COMPRESS,
     BUFFERS,
@@ -44,6 +44,7 @@ from flash_llm.nn import (
     CompressReport,
     SparseLinear,
     expand_on_cpu,
+    orientation,
     pack_linears,
     replace_module,
     sparse_layers,
@@ -158,8 +159,7 @@ class FlashLLMQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"the packed {layer} is {metadata['shape']}, but {name} of {type(model).__name__} is {linear}"
             )
-        bias = linear.bias.detach() if isinstance(linear.bias, Tensor) else None
-        replace_module(model, name, SparseLinear(metadata, bias=bias))
+        replace_module(model, name, SparseLinear(metadata, bias=bias_of(linear)))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
@@ -227,7 +227,7 @@ class FlashLLMQuantizer(HfQuantizer):
             state[f"{first}.weight"] = torch.empty(0, dtype=weight.dtype, device=weight.device)
         old = self.config.record
         self.config.record = make_record(
-            {stored[name]: layer.described() for name, layer in layers.items()},
+            {stored[name]: packed[stored[name]].metadata() | orientation(layers[name].transposed) for name in layers},
             old.get("dense", {}),
             _dense_checksums(model, state, packed),
             old.get("pruning"),
@@ -254,13 +254,12 @@ def _dense_layer(layer: SparseLinear, dtype: torch.dtype) -> nn.Module:
     """The layer that a packed one stands for, with its weight."""
     from transformers.pytorch_utils import Conv1D
 
-    weight = layer.packed.to_dense(dtype)
     with torch.device("meta"):
         if layer.transposed:
             dense: nn.Module = Conv1D(layer.out_features, layer.in_features)
         else:
             dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    dense.weight = nn.Parameter(weight.t().contiguous() if layer.transposed else weight)
+    dense.weight = nn.Parameter(oriented(layer.packed.to_dense(dtype), layer.transposed))
     dense.register_parameter("bias", layer.bias)
     return dense
 

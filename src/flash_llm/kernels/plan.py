@@ -57,7 +57,10 @@ _SMALL_CYCLES = {  # by blocks of n, warps and resident: what _small_blocks reck
 _SMALL_TILE = {True: 20, False: 7}  # 16-bit values or not; words of a tile times blocks of n
 _EARLY_TILE = {1: 12, 2: 12, 4: 12, 6: 12, 8: 10, 12: 4}  # by blocks of n: words of a tile up to which early loads help
 _WIDE_EARLY_TILE = 8  # the same for others of more than 64 rows of x at a time; registers don't suffice for more
-_CHUNK_WORDS = {True: {1: 4, 2: 4, 4: 2, 6: 2, 8: 2}, False: {1: 8, 2: 8, 4: 4, 8: 2}}  # Hopper or not; blocks of n
+_CHUNK_WORDS = {
+    True: {1: 4, 2: 4, 4: 2, 6: 2, 8: 2},
+    False: {1: 8, 2: 8, 4: 4, 8: 2},
+}  # Hopper or not; narrow tiles' blocks
 
 
 @dataclass(frozen=True)
@@ -357,7 +360,7 @@ def _column_bytes(max_packets: int, values: ValueKind) -> int:
 def _n_blocks(device: Device, rows: int, columns: int, n: int, column_bytes: int, tile_words: int) -> int:
     """Blocks of 8 rows of x that one pass over the weight takes."""
     hopper = device.capability == (9, 0)
-    narrow = next((blocks for blocks in ((1, 2, 4, 6, 8) if hopper else (1, 2, 4, 8)) if n <= 8 * blocks), 8)
+    narrow = next((blocks for blocks in _CHUNK_WORDS[hopper] if n <= 8 * blocks), 8)
     if n <= 64 or not hopper:
         return narrow
 

@@ -87,11 +87,12 @@ class Skeleton:
         is not.
         """
         found: dict[str, int] = {}
+        width = self.embedding_shape[1]
         for name, module in self.model.get_submodule(prefix).named_modules(prefix=prefix):
             if is_linear(module) or isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 continue
             for leaf, p in module.named_parameters(recurse=False):
-                if p.dim() >= 2 and min(p.shape) >= (self.embedding_shape[1] if p.dim() == 2 else 2):
+                if p.dim() >= 2 and min(p.shape) >= (width if p.dim() == 2 else 2):
                     found[f"{name}.{leaf}"] = p.numel()
         return found
 

@@ -80,61 +80,33 @@ DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n
 #define WGMMA_TEXT(n, p) WGMMA_HEAD(p) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." VALUE "." VALUE " "
 
 // d [64 x 8 BLOCKS] = a [64 x 16] from registers times b [16 x 8 BLOCKS] from shared memory, plus what d was, if `add`.
-DEVICE void wgmma(float (&d)[4][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(32, %21) "{" OUT10() "%10, %11, %12, %13, %14, %15}, "
-               "{%16, %17, %18, %19}, %20, add, 1, 1, 0;}"
-               : SUM16(0) : A_REGISTERS, "l"(b), "r"(add));
-}
-DEVICE void wgmma(float (&d)[6][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(48, %29) "{" OUT20(, 1) "%20, %21, %22, %23}, "
-               "{%24, %25, %26, %27}, %28, add, 1, 1, 0;}"
-               : SUM16(0), SUM4(4), SUM4(5) : A_REGISTERS, "l"(b), "r"(add));
-}
-DEVICE void wgmma(float (&d)[8][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(64, %37) "{" OUT20(, 1) OUT10(2) "%30, %31}, "
-               "{%32, %33, %34, %35}, %36, add, 1, 1, 0;}"
-               : SUM16(0), SUM16(4) : A_REGISTERS, "l"(b), "r"(add));
-}
-DEVICE void wgmma(float (&d)[10][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(80, %45) "{" OUT20(, 1) OUT10(2) "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39}, "
-               "{%40, %41, %42, %43}, %44, add, 1, 1, 0;}"
-               : SUM16(0), SUM16(4), SUM4(8), SUM4(9) : A_REGISTERS, "l"(b), "r"(add));
-}
-DEVICE void wgmma(float (&d)[12][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(96, %53) "{" OUT20(, 1) OUT20(2, 3) "%40, %41, %42, %43, %44, %45, %46, %47}, "
-               "{%48, %49, %50, %51}, %52, add, 1, 1, 0;}"
-               : SUM16(0), SUM16(4), SUM16(8) : A_REGISTERS, "l"(b), "r"(add));
-}
-DEVICE void wgmma(float (&d)[14][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(112, %61) "{" OUT20(, 1) OUT20(2, 3) OUT10(4) "%50, %51, %52, %53, %54, %55}, "
-               "{%56, %57, %58, %59}, %60, add, 1, 1, 0;}"
-               : SUM16(0), SUM16(4), SUM16(8), SUM4(12), SUM4(13) : A_REGISTERS, "l"(b), "r"(add));
-}
-DEVICE void wgmma(float (&d)[16][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(128, %69) "{" OUT60 "%60, %61, %62, %63}, "
-               "{%64, %65, %66, %67}, %68, add, 1, 1, 0;}"
-               : SUM64(0) : A_REGISTERS, "l"(b), "r"(add));
-}
-DEVICE void wgmma(float (&d)[20][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(160, %85) "{" OUT60 OUT10(6) "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, "
-               "{%80, %81, %82, %83}, %84, add, 1, 1, 0;}"
-               : SUM64(0), SUM16(16) : A_REGISTERS, "l"(b), "r"(add));
-}
-DEVICE void wgmma(float (&d)[24][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(192, %101) "{" OUT60 OUT20(6, 7) OUT10(8) "%90, %91, %92, %93, %94, %95}, "
-               "{%96, %97, %98, %99}, %100, add, 1, 1, 0;}"
-               : SUM64(0), SUM16(16), SUM16(20) : A_REGISTERS, "l"(b), "r"(add));
-}
-DEVICE void wgmma(float (&d)[28][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(224, %117) "{" OUT100 OUT10(10) "%110, %111}, "
-               "{%112, %113, %114, %115}, %116, add, 1, 1, 0;}"
-               : SUM64(0), SUM16(16), SUM16(20), SUM16(24) : A_REGISTERS, "l"(b), "r"(add));
-}
-DEVICE void wgmma(float (&d)[32][4], const uint32_t* a, uint64_t b, int add) {
-  asm volatile(WGMMA_TEXT(256, %133) "{" OUT100 OUT20(10, 11) "%120, %121, %122, %123, %124, %125, %126, %127}, "
-               "{%128, %129, %130, %131}, %132, add, 1, 1, 0;}"
-               : SUM64(0), SUM64(16) : A_REGISTERS, "l"(b), "r"(add));
-}
+// For each size: blocks of n, rows of x, what d's registers are called, the numbers of the operands after them, and
+// which registers d's are.
+#define WGMMA_OF(blocks, size, outs, a0, a1, a2, a3, x, p, ...)                                \
+  DEVICE void wgmma(float (&d)[blocks][4], const uint32_t* a, uint64_t b, int add) {           \
+    asm volatile(WGMMA_TEXT(size, %p) "{" outs "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, " \
+                 "%" #x ", add, 1, 1, 0;}"                                                     \
+                 : __VA_ARGS__ : A_REGISTERS, "l"(b), "r"(add));                               \
+  }
+WGMMA_OF(4, 32, OUT10() "%10, %11, %12, %13, %14, %15", 16, 17, 18, 19, 20, 21, SUM16(0))
+WGMMA_OF(6, 48, OUT20(, 1) "%20, %21, %22, %23", 24, 25, 26, 27, 28, 29, SUM16(0), SUM4(4), SUM4(5))
+WGMMA_OF(8, 64, OUT20(, 1) OUT10(2) "%30, %31", 32, 33, 34, 35, 36, 37, SUM16(0), SUM16(4))
+WGMMA_OF(10, 80, OUT20(, 1) OUT10(2) "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39",
+         40, 41, 42, 43, 44, 45, SUM16(0), SUM16(4), SUM4(8), SUM4(9))
+WGMMA_OF(12, 96, OUT20(, 1) OUT20(2, 3) "%40, %41, %42, %43, %44, %45, %46, %47",
+         48, 49, 50, 51, 52, 53, SUM16(0), SUM16(4), SUM16(8))
+WGMMA_OF(14, 112, OUT20(, 1) OUT20(2, 3) OUT10(4) "%50, %51, %52, %53, %54, %55",
+         56, 57, 58, 59, 60, 61, SUM16(0), SUM16(4), SUM16(8), SUM4(12), SUM4(13))
+WGMMA_OF(16, 128, OUT60 "%60, %61, %62, %63", 64, 65, 66, 67, 68, 69, SUM64(0))
+WGMMA_OF(20, 160, OUT60 OUT10(6) "%70, %71, %72, %73, %74, %75, %76, %77, %78, %79",
+         80, 81, 82, 83, 84, 85, SUM64(0), SUM16(16))
+WGMMA_OF(24, 192, OUT60 OUT20(6, 7) OUT10(8) "%90, %91, %92, %93, %94, %95",
+         96, 97, 98, 99, 100, 101, SUM64(0), SUM16(16), SUM16(20))
+WGMMA_OF(28, 224, OUT100 OUT10(10) "%110, %111",
+         112, 113, 114, 115, 116, 117, SUM64(0), SUM16(16), SUM16(20), SUM16(24))
+WGMMA_OF(32, 256, OUT100 OUT20(10, 11) "%120, %121, %122, %123, %124, %125, %126, %127",
+         128, 129, 130, 131, 132, 133, SUM64(0), SUM64(16))
+#undef WGMMA_OF
 
 // The same with 8 bits on both sides and K steps of 32: float8 e4m3 into float32, or int8 into int32.
 #undef SUM
