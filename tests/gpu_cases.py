@@ -59,13 +59,13 @@ def using(kernel: str, split: bool) -> Iterator[None]:
     """A kernel of ``choice.KERNELS``; ``split``: 8-bit values are multiplied as they are in weights of any size."""
     before = plan._X8_WORDS
     plan._X8_WORDS = 0 if split else before
-    cuda.spmm_plan_cached.cache_clear()
+    cuda.forget_plans()
     try:
         with choice.using(kernel):
             yield
     finally:
         plan._X8_WORDS = before
-        cuda.spmm_plan_cached.cache_clear()
+        cuda.forget_plans()
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Case:
     def multiplied(self, weight: PackedWeight) -> Tensor:
         """What x is multiplied by: 8-bit values and scales unrounded, but where the weight is expanded."""
         with self.using():
-            expanded = self.n >= plan.unpack_from(cuda.seen(0))
+            expanded = self.n >= cuda.unpacks_from(0)
         return weight.to_dense(None if expanded else torch.float32)
 
     def x(self, whole: bool = False) -> Tensor:
@@ -189,7 +189,7 @@ def compile_all(cases: Iterable[Case]) -> None:
 
 def splits_x(weight: PackedWeight, n: int) -> bool:
     """Whether x goes to the tensor cores as two parts of 8 bits, with the kernel that is in use."""
-    return n < plan.unpack_from(cuda.seen(weight.device.index)) and cuda.plan_for(weight, n).splits_x
+    return n < cuda.unpacks_from(weight.device.index) and cuda.plan_for(weight, n).splits_x
 
 
 def compile_side_by_side(wanted: Iterable[Configuration]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import flash_llm
@@ -140,3 +141,40 @@ def test_values_of_a_dtype_that_is_not_packed_are_refused() -> None:
     )
     with pytest.raises(TypeError, match="holds float16 or bfloat16 values, not "):
         flash_llm.linear(normal(2, COLUMNS).float(), wide)
+
+
+def test_the_operator_is_left_out_only_where_nobody_watches() -> None:
+    """On a GPU a product is launched without torch's dispatcher, which is slow, unless something is to come of it."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, bias = normal(2, COLUMNS), torch.nn.Parameter(normal(ROWS), requires_grad=False)
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(ops._nobody_watches(x, bias))
+        return x * 1
+
+    look(x)
+    seen.append(ops._nobody_watches(x, None))
+    with torch.no_grad():
+        look(x.clone().requires_grad_())
+    with torch.inference_mode():
+        look(x)
+    assert seen == [True] * 4
+    seen.clear()
+    look(x.clone().requires_grad_())
+    seen.append(ops._nobody_watches(x, normal(ROWS).requires_grad_()))
+    look(torch.nn.Parameter(x, requires_grad=False))
+    for mode in (FlopCounterMode(display=False), FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")):
+        with mode:
+            look(x)
+    make_fx(look)(x)
+    torch.func.vmap(look)(x)
+    torch.func.jvp(look, (x,), (x,))
+    with forward_ad.dual_level():
+        look(x)
+    torch.jit.trace(look, (x,), check_trace=False)
+    assert seen
+    assert not any(seen)

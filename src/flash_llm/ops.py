@@ -7,11 +7,15 @@ the functions to call.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import warnings
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flash_llm.errors import SlowPathWarning
 from flash_llm.kernels import reference
@@ -39,12 +43,37 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
         ValueError: x or bias has the wrong width or is on another device.
     """
     _check(x, weight, bias)
-    return torch.ops.flash_llm.linear(x, bias, *_flat(weight))
+    if not torch.compiler.is_compiling() and x.is_cuda and _nobody_watches(x, bias):
+        return _cuda_kernels().linear(x, weight, bias)
+    return torch.ops.flash_llm.linear.default(x, bias, *_flat(weight))
 
 
 def unpack(weight: PackedWeight) -> Tensor:
     """The dense [M, K] matrix of a packed weight, through the device's own kernel."""
-    return torch.ops.flash_llm.unpack(*_flat(weight))
+    return torch.ops.flash_llm.unpack.default(*_flat(weight))
+
+
+def _nobody_watches(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing but the product would come of calling the operator: no gradients, and no subclass, mode,
+    transform or trace that is to see it. Then it is left out: to get through to an operator in Python takes torch 25 to
+    65 us on an H100's host, more than all else of a launch."""
+    if type(x) is not Tensor or (bias is not None and type(bias) not in (Tensor, torch.nn.Parameter)):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+@functools.cache
+def _cuda_kernels() -> ModuleType:
+    """Imported where there is a GPU alone."""
+    return importlib.import_module("flash_llm.kernels.cuda")
 
 
 def _flat(weight: PackedWeight) -> tuple[Any, ...]:
@@ -123,16 +152,12 @@ def _unpack_cpu(*weight: Any) -> Tensor:
 
 @torch.library.impl("flash_llm::linear", "cuda")
 def _linear_cuda(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
-    from flash_llm.kernels import cuda
-
-    return cuda.linear(x, _packed(*weight), bias)
+    return _cuda_kernels().linear(x, _packed(*weight), bias)
 
 
 @torch.library.impl("flash_llm::unpack", "cuda")
 def _unpack_cuda(*weight: Any) -> Tensor:
-    from flash_llm.kernels import cuda
-
-    return cuda.unpack(_packed(*weight))
+    return _cuda_kernels().unpack(_packed(*weight))
 
 
 @torch.library.register_fake("flash_llm::linear")

@@ -204,4 +204,4 @@ def test_the_command_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k
             assert tuned.choice_of(chosen)[0] == row["warps"]
     finally:
         tuned.table.cache_clear()
-        cuda.spmm_plan_cached.cache_clear()
+        cuda.forget_plans()

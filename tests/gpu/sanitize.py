@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import flash_llm
 from flash_llm import PackedWeight, ops
-from flash_llm.kernels import choice, cuda, plan
+from flash_llm.kernels import choice, cuda
 from flash_llm.tensor import ValueKind
 from gpu_cases import compile_side_by_side, using
 
@@ -68,7 +68,7 @@ def wrong(dense: torch.Tensor, weight: PackedWeight) -> int:
     rows, columns = dense.shape
     bad = int(not torch.equal(ops.unpack(weight), dense))
     bias = torch.ones(rows, device="cuda", dtype=dense.dtype)
-    kernels_only = plan.unpack_from(cuda.seen(0))  # from here on torch multiplies what `unpack` made
+    kernels_only = cuda.unpacks_from(0)  # from here on torch multiplies what `unpack` made
     for n in filter(lambda n: n < kernels_only, NS):
         x = torch.randint(-3, 4, (n, columns), device="cuda").to(dense.dtype)
         expected = (x.float() @ dense.float().T + bias.float()).to(dense.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import flash_llm
 from flash_llm import PackedWeight
-from flash_llm.kernels import choice, counters, launch
+from flash_llm.kernels import choice, counters, launch, plan
 from flash_llm.tensor import ValueKind
 from flash_llm.tensor.layout import TILE_WORDS
 from gpu_cases import BIASES, X_LAYOUTS, Case, compile_all, random_cases, splits_x, using
@@ -212,6 +212,35 @@ def test_x_has_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     y = flash_llm.linear(x, PackedWeight.from_dense(dense))
     assert y.shape == (*shape, 99)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, dense), rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("values", ValueKind)
+@pytest.mark.parametrize("rows", [2048, 2999])
+def test_a_large_weight_is_expanded_in_parts(rows: int, values: ValueKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows of x are multiplied by torch, by so much of the weight at a time as a workspace holds."""
+    monkeypatch.setattr(plan, "_WORKSPACE_BYTES", 1 << 20)
+    weight = PackedWeight.from_dense(sparse(rows, 500, 0.7, device="cuda"), values=values)
+    x, bias = torch.randn(2, 1100, 500, device="cuda").half(), torch.randn(rows, device="cuda").half()
+    assert plan.rows_unpacked(rows, 500) < rows
+    for some in (None, bias):
+        y = flash_llm.linear(x, weight, some)
+        torch.testing.assert_close(y, torch.nn.functional.linear(x, weight.to_dense(), some), rtol=1e-3, atol=1e-2)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    flash_llm.linear(x, weight, bias)
+    assert torch.cuda.max_memory_allocated() - before < y.nbytes + rows * 500 * 2, "not all at once"
+
+
+def test_a_weight_that_comes_to_lie_where_another_was() -> None:
+    """What is kept of a launch is found by addresses, and by all else that it depends on."""
+    x = torch.randn(8, 512, device="cuda").half()
+    for sparsity, rows in product((0.5, 0.6, 0.9), (512, 640)):
+        dense = sparse(rows, 512, sparsity, device="cuda")
+        weight = PackedWeight.from_dense(dense)
+        torch.testing.assert_close(
+            flash_llm.linear(x, weight), torch.nn.functional.linear(x, dense), rtol=2e-3, atol=2e-2
+        )
+        del dense, weight
 
 
 def test_the_counters_are_zero_after_every_kernel() -> None:

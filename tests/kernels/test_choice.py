@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +15,18 @@ WEIGHT = (4096, 4096, 4096 * 4096 // 32, 9, 5)  # rows, columns, packets, max_pa
 
 
 @pytest.fixture(autouse=True)
-def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(choice.VARIABLE, raising=False)
+    choice.of_environment.cache_clear()
+    yield
+    choice.of_environment.cache_clear()
 
 
 def test_the_environment_chooses_and_a_block_overrules_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.kernel() == "auto"
     monkeypatch.setenv(choice.VARIABLE, "portable")
+    assert choice.kernel() == "auto", "it is read once"
+    choice.of_environment.cache_clear()
     assert choice.kernel() == "portable"
     with choice.using("auto"):
         assert choice.kernel() == "auto"
@@ -35,6 +41,7 @@ def test_an_unknown_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=words), choice.using("fast"):
         pass
     monkeypatch.setenv(choice.VARIABLE, "fast")
+    choice.of_environment.cache_clear()
     with pytest.raises(ValueError, match=r"FLASH_LLM_KERNEL 'fast': it takes auto"):
         choice.kernel()
 
@@ -44,8 +51,7 @@ def test_the_portable_kernel_runs_on_hopper_too(monkeypatch: pytest.MonkeyPatch)
     properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(tuned, "table", lambda device, kernel: {})
-    cuda.device_properties.cache_clear()
-    cuda.spmm_plan_cached.cache_clear()
+    cuda.forget_plans()
 
     def chosen() -> plan.SpmmPlan:
         return cuda.spmm_plan_cached(0, *WEIGHT, 8, False, choice.kernel())
@@ -61,8 +67,7 @@ def test_the_portable_kernel_runs_on_hopper_too(monkeypatch: pytest.MonkeyPatch)
         assert small.shared <= 99 << 10 < portable.shared, "each as large as its shared memory allows"
         assert chosen() == hopper
     finally:
-        cuda.device_properties.cache_clear()
-        cuda.spmm_plan_cached.cache_clear()
+        cuda.forget_plans()
 
 
 @pytest.mark.parametrize("name", sorted(DEVICES))

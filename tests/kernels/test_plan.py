@@ -32,6 +32,17 @@ def weights(draw: st.DrawFn, kinds: st.SearchStrategy[ValueKind] = KINDS) -> tup
     return (rows, columns, packets, max_packets, tile_words), kind
 
 
+@given(st.integers(1, 200_000), st.integers(1, 200_000))
+def test_what_is_expanded_at_a_time_fits_a_workspace_unless_it_has_few_rows(rows: int, columns: int) -> None:
+    part = plan.rows_unpacked(rows, columns)
+    assert part % 16 == 0
+    strips = 16 * columns * 2
+    assert part * columns * 2 <= plan._WORKSPACE_BYTES + strips or part < 2 * plan._WORKSPACE_ROWS + 16
+    assert part >= min(rows, plan._WORKSPACE_ROWS)
+    if 2 * rows * columns <= plan._WORKSPACE_BYTES:
+        assert part >= rows, "and what fits is expanded at once"
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.sampled_from(sorted(DEVICES)), weights(), st.integers(1, 600), st.booleans())
 def test_a_plan_fits_the_device_and_covers_the_matrix(

@@ -42,12 +42,11 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: PROPERTIES.name)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
-    caches = (cuda.device_properties, cuda.spmm_plan_cached, tuned.table)
-    for cache in caches:
-        cache.cache_clear()
+    for forget in (cuda.forget_plans, tuned.table.cache_clear):
+        forget()
     yield tmp_path / "cache"
-    for cache in caches:
-        cache.cache_clear()
+    for forget in (cuda.forget_plans, tuned.table.cache_clear):
+        forget()
 
 
 def test_the_table_decides_for_its_place_alone() -> None:
@@ -87,7 +86,7 @@ def test_all_candidates_fit_and_multiply_the_same_x(name: str, n: int) -> None:
 
 def test_what_is_kept_is_used_at_once_and_in_the_next_process(gpu: Path) -> None:
     def chosen(kernel: str) -> tuned.Choice:
-        cuda.spmm_plan_cached.cache_clear()
+        cuda.forget_plans()
         return tuned.choice_of(cuda.spmm_plan_cached(0, *WEIGHT, 8, False, kernel))
 
     usual = chosen("auto"), chosen("portable")

@@ -43,6 +43,22 @@ def test_every_bit_comes_back_and_no_lane_exceeds_its_capacity(dense: Tensor, ti
     assert 8 * weight.max_packets <= layout.LANE_CAPACITY
 
 
+@relaxed
+@given(matrices(), st.sampled_from(layout.ValueKind))
+def test_a_weight_can_be_put_into_one_piece_of_memory(dense: Tensor, kind: layout.ValueKind) -> None:
+    weight = PackedWeight.from_dense(dense.nan_to_num(0, 1, -1), values=kind)
+    moved = weight.together()
+    pieces = {tensor.untyped_storage().data_ptr() for tensor in moved.tensors().values() if tensor.numel()}
+    assert len(pieces) == 1
+    size = moved.bitmap.untyped_storage().nbytes()
+    assert weight.nbytes <= size < weight.nbytes + 256 * len(weight.tensors()), "and nothing else is in it"
+    for name, tensor in weight.tensors().items():
+        assert torch.equal(moved.tensors()[name].view(torch.uint8), tensor.view(torch.uint8))
+        assert not tensor.numel() or tensor.data_ptr() not in pieces
+    assert moved.metadata() == weight.metadata()
+    moved.validate()
+
+
 def test_special_values_keep_their_bits() -> None:
     for dtype in DTYPES:
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(256, 256)

@@ -238,5 +238,5 @@ def keep(rows: list[Row], meter: Meter) -> Path:
     from flash_llm.kernels import cuda
 
     file = tuned.keep(rows, meter.device.index)
-    cuda.spmm_plan_cached.cache_clear()
+    cuda.forget_plans()
     return file

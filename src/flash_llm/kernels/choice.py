@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,13 @@ def kernel() -> str:
     Raises:
         ValueError: the variable says something else.
     """
-    return _in_use or check(os.environ.get(VARIABLE) or AUTO, VARIABLE)
+    return _in_use or of_environment()
+
+
+@functools.cache
+def of_environment() -> str:
+    """What the variable says. It is read once: every product asks."""
+    return check(os.environ.get(VARIABLE) or AUTO, VARIABLE)
 
 
 @contextmanager

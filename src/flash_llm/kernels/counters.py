@@ -30,7 +30,7 @@ def arrivals(device: int, count: int) -> int:
     Each stream has its own, since kernels of different streams run at the same time. A captured graph may be replayed
     beside anything, so each capture has its own too, and keeps them for good: some 1 KB a graph.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = launch.current_stream(device)
     key = (device, stream, _capture_id(stream))
     address, size = _sets.get(key, (0, 0))
     if size >= count:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flash_llm.kernels import ahead, choice, counters, launch, plan, tuned
 from flash_llm.tensor import PackedWeight
-from flash_llm.tensor.layout import WORD_COLUMNS, ValueKind, ceil_div, grid
+from flash_llm.tensor.layout import LANES, STRIP_ROWS, WORD_COLUMNS, ValueKind, ceil_div, grid
 
 
 class _UnpackParams(ctypes.Structure):
@@ -32,7 +33,11 @@ class _SpmmParams(ctypes.Structure):
     )
 
 
-class _HopperParams(ctypes.Structure):
+class _PlainArgument(ctypes.Structure):
+    _fields_ = (("spmm", _SpmmParams),)
+
+
+class _HopperArgument(ctypes.Structure):
     _fields_ = (("x", ctypes.c_uint64 * 16), ("spmm", _SpmmParams))
 
 
@@ -53,32 +58,65 @@ def device_properties(device: int) -> plan.Device:
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x [..., K] times the transposed weight, plus bias: [..., M]."""
+    """x [..., K] times the transposed weight, plus bias: [..., M].
+
+    Where no CUDA graph is replayed, a model's layers of a few rows of x are over sooner than Python asks for them. So
+    what is the same at every call is kept (:class:`_Launch`).
+    """
     rows, columns = weight.shape
-    flat = x.reshape(-1, columns)
-    if flat.shape[0] >= plan.unpack_from(seen(weight.device.index)):
-        return torch.nn.functional.linear(x, unpack(weight), bias)
-    y = x.new_empty(flat.shape[0], rows)
+    flat = x if x.dim() == 2 else x.reshape(-1, columns)
+    n = flat.shape[0]
+    if n >= unpacks_from(x.get_device()):
+        return _linear_unpacked(x, flat, weight, bias)
+    y = x.new_empty(n, rows)
     flat = _readable(flat)
     bias = None if bias is None else bias.contiguous()
-    a_pass = plan.rows_in_a_pass(flat.shape[0], columns)
-    if flat.shape[0] > a_pass:
+    a_pass = plan.rows_in_a_pass(n, columns)
+    if n > a_pass:
         for some, result in zip(flat.split(a_pass), y.split(a_pass), strict=True):
-            _spmm(some, weight, bias, result)
-    elif flat.shape[0]:
-        _spmm(flat, weight, bias, y)
+            _spmm(some, weight, bias, result, _launch_of(weight, some.shape[0]))
+    elif n:
+        _spmm(flat, weight, bias, y, _launch_of(weight, n))
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
+
+
+def _linear_unpacked(x: Tensor, flat: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """:func:`linear` for many rows of x: torch multiplies, by as much of the weight at a time as a workspace holds."""
+    rows, columns = weight.shape
+    a_part = plan.rows_unpacked(rows, columns)
+    if a_part >= rows:
+        return torch.nn.functional.linear(x, unpack(weight), bias)
+    y = x.new_empty(flat.shape[0], rows)
+    for start in range(0, rows, a_part):
+        stop = min(start + a_part, rows)
+        _multiply_rows(flat, weight, bias, y, start, stop)
     return y.view(*x.shape[:-1], rows)
 
 
-def unpack(weight: PackedWeight) -> Tensor:
-    """The dense [M, K] matrix."""
-    rows, columns = weight.shape
+def _multiply_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, start: int, stop: int) -> None:
+    """y[:, start:stop] of x [n, K] W^T + bias. What the rows are expanded to is free again when it returns."""
+    expanded, result = unpack(weight, start, stop).t(), y[:, start:stop]
+    if bias is None:
+        torch.mm(x, expanded, out=result)
+    else:
+        torch.addmm(bias[start:stop], x, expanded, out=result)
+
+
+def unpack(weight: PackedWeight, start: int = 0, stop: int | None = None) -> Tensor:
+    """Rows ``start``, a multiple of 16, to ``stop`` - 1 of the dense [M, K] matrix; all of them unless told."""
+    stop = weight.shape[0] if stop is None else stop
+    rows, columns = stop - start, weight.shape[1]
     device = weight.device.index
     dense = torch.empty(rows, columns, dtype=weight.dtype, device=weight.device)
     strips, words, tiles = grid(rows, columns, weight.tile_words)
     chosen = _unpack_plan(weight)
     numbers = (rows, columns, words, tiles, strips * tiles, chosen.column_bytes)
     params = _UnpackParams(*_pointers(weight), _scales(weight), dense.data_ptr(), *numbers)
+    before = start // STRIP_ROWS  # strips
+    params.bitmap += before * words * LANES * weight.bitmap.itemsize
+    params.offsets += before * tiles * weight.offsets.itemsize
+    if weight.scales is not None:
+        params.scales += start * weight.scales.itemsize
     kernel = launch.get("unpack.cu", "unpack", chosen.defines, launch.architecture(device))
     kernel.launch(params, chosen.blocks, chosen.threads, chosen.shared, device)
     return dense
@@ -87,37 +125,79 @@ def unpack(weight: PackedWeight) -> Tensor:
 def multiply(x: Tensor, weight: PackedWeight, chosen: plan.SpmmPlan) -> Tensor:
     """x [n, K] W^T: [n, M], in one launch with a plan that was made for them: to measure plans."""
     y = x.new_empty(x.shape[0], weight.shape[0])
-    _spmm(_readable(x), weight, None, y, chosen)
+    _spmm(_readable(x), weight, None, y, _prepare(weight, x.shape[0], chosen))
     return y
 
 
-def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, chosen: plan.SpmmPlan | None = None) -> None:
-    """y [n, M] = x [n, K] W^T + bias."""
-    rows, columns = weight.shape
-    device = weight.device.index
-    strips, words, tiles = grid(rows, columns, weight.tile_words)
-    chosen = chosen or plan_for(weight, x.shape[0])
-    defines = dict(chosen.defines)
-    split, x_scales = _split(x, weight, defines["N_BLOCKS"] * 8) if chosen.splits_x else (x, None)
-    partial = torch.empty(chosen.partial_floats, dtype=torch.float32, device=x.device)
-    params = _SpmmParams(
-        *_pointers(weight),
-        x.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        _scales(weight),
-        None if x_scales is None else x_scales.data_ptr(),
-        y.data_ptr(),
-        partial.data_ptr(),
-        counters.arrivals(device, chosen.counters),
-        x.stride(0),
-        *(rows, columns, x.shape[0], strips, words, tiles),
-        *(chosen.row_blocks, chosen.share, chosen.larger, chosen.late, chosen.column_bytes),
+@dataclass(frozen=True)
+class _Launch:
+    """A launch of the sparse kernel for a weight and a number of rows of x, but for what changes from call to call."""
+
+    chosen: plan.SpmmPlan
+    kernel: launch.Kernel
+    argument: ctypes.Structure
+    """the kernel's, to be copied; x, bias, y and what else belongs to one call are missing"""
+    rows_at_once: int
+    """of X, as the copy engine brings it on Hopper; 0 elsewhere"""
+
+
+_MOST_LAUNCHES = 1 << 14  # that are kept, some 2 KB each
+_launches: dict[tuple[object, ...], _Launch] = {}
+
+
+def _launch_of(weight: PackedWeight, n: int) -> _Launch:
+    """How a weight is multiplied by n rows of x. What is kept holds addresses, and is found by them and by all else it
+    depends on; so it is right, too, for another weight that has come to lie in the same place."""
+    bitmap, values, offsets, scales = weight.bitmap, weight.values, weight.offsets, weight.scales
+    key = (
+        *(bitmap.data_ptr(), values.data_ptr(), offsets.data_ptr(), None if scales is None else scales.data_ptr()),
+        *(weight.shape, values.numel(), values.dtype, weight.computed_in, weight.tile_words, weight.max_packets),
+        *(n, bitmap.get_device(), choice.kernel()),
     )
-    kernel = launch.get(chosen.source, "spmm", chosen.defines, launch.architecture(device))
-    argument: ctypes.Structure = params
-    if chosen.source == "spmm_sm90.cu":
-        argument = _HopperParams(_x_map(split, defines["N_BLOCKS"] * 8 * (1 + defines["X8"])), params)
-    kernel.launch(argument, chosen.blocks, chosen.threads, chosen.shared, device, overlap=True)
+    found = _launches.get(key)
+    if found is None:
+        if len(_launches) >= _MOST_LAUNCHES:
+            _launches.clear()
+        found = _launches[key] = _prepare(weight, n, plan_for(weight, n))
+    return found
+
+
+def _prepare(weight: PackedWeight, n: int, chosen: plan.SpmmPlan) -> _Launch:
+    rows, columns = weight.shape
+    strips, words, tiles = grid(rows, columns, weight.tile_words)
+    params = _SpmmParams()
+    params.bitmap, params.packets, params.offsets = _pointers(weight)
+    params.scales = _scales(weight)
+    params.rows, params.columns, params.n = rows, columns, n
+    params.strips, params.words, params.tiles, params.row_blocks = strips, words, tiles, chosen.row_blocks
+    params.share, params.larger, params.late = chosen.share, chosen.larger, chosen.late
+    params.column_bytes = chosen.column_bytes
+    kernel = launch.get(chosen.source, "spmm", chosen.defines, launch.architecture(weight.device.index))
+    defines = dict(chosen.defines)
+    if chosen.source != "spmm_sm90.cu":
+        return _Launch(chosen, kernel, _PlainArgument(params), 0)
+    rows_at_once = defines["N_BLOCKS"] * 8 * (1 + defines["X8"])
+    return _Launch(chosen, kernel, _HopperArgument(spmm=params), rows_at_once)
+
+
+def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, prepared: _Launch) -> None:
+    """y [n, M] = x [n, K] W^T + bias."""
+    chosen, device = prepared.chosen, x.get_device()
+    split = x
+    argument = type(prepared.argument).from_buffer_copy(prepared.argument)
+    params = argument.spmm
+    if chosen.splits_x:
+        split, x_scales = _split(x, weight, prepared.rows_at_once // 2)
+        params.x_scales = x_scales.data_ptr()
+    if prepared.rows_at_once:
+        argument.x = _x_map(split, prepared.rows_at_once)
+    partial = torch.empty(chosen.partial_floats, dtype=torch.float32, device=x.device)
+    params.x, params.x_stride = x.data_ptr(), x.stride(0)
+    params.y, params.partial = y.data_ptr(), partial.data_ptr()
+    params.arrivals = counters.arrivals(device, chosen.counters)
+    if bias is not None:
+        params.bias = bias.data_ptr()
+    prepared.kernel.launch(argument, chosen.blocks, chosen.threads, chosen.shared, device, overlap=True)
 
 
 def _split(x: Tensor, weight: PackedWeight, rows_at_once: int) -> tuple[Tensor, Tensor]:
@@ -175,7 +255,7 @@ def configurations(weight: PackedWeight, n: int) -> list[ahead.Configuration]:
     The one that does most of the work comes first.
     """
     arch = launch.architecture(weight.device.index)
-    if n >= plan.unpack_from(seen(weight.device.index)):
+    if n >= unpacks_from(weight.device.index):
         return [("unpack.cu", _unpack_plan(weight).defines, arch)]
     a_pass = plan.rows_in_a_pass(n, weight.shape[1])
     last = n % a_pass or a_pass
@@ -198,9 +278,14 @@ def _split_plan(weight: PackedWeight, n: int) -> plan.SplitPlan:
     return plan.split_plan(n, tiles, weight.tile_words, bool(_is_bf16(weight)), weight.kind)
 
 
-def seen(device: int) -> plan.Device:
-    """What plans take a CUDA device for, with the kernel that is in use."""
-    return choice.seen_as(device_properties(device), choice.kernel())
+def unpacks_from(device: int) -> int:
+    """From as many rows of x on a weight on a CUDA device is expanded, with the kernel that is in use."""
+    return _unpacks_from(device, choice.kernel())
+
+
+@functools.cache
+def _unpacks_from(device: int, kernel: str) -> int:
+    return plan.unpack_from(choice.seen_as(device_properties(device), kernel))
 
 
 def plan_for(weight: PackedWeight, n: int) -> plan.SpmmPlan:
@@ -232,6 +317,13 @@ def spmm_plan_cached(
     if values is not ValueKind.BITS16:
         return plan.spmm_plan(seen, *weight, n, bf16, values=values)
     return tuned.spmm_plan(tuned.table(device, kernel), seen, weight, n, bf16)
+
+
+def forget_plans() -> None:
+    """Makes plans anew, after what they depend on has changed."""
+    for cache in (device_properties, _unpacks_from, spmm_plan_cached):
+        cache.cache_clear()
+    _launches.clear()
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import threading
@@ -66,6 +67,11 @@ def enter(device: int) -> None:
     _thread.entered = True
 
 
+def current_stream(device: int) -> int:
+    """Torch's current stream of a device, as the driver takes it, with no object made of it."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
 def _config(blocks: int, threads: int, shared: int, overlap: bool) -> Any:
     """A launch's configuration, but for the stream. Kept by each thread, since making one takes as long as a launch."""
     known = _thread.__dict__.setdefault("configs", {})
@@ -117,9 +123,9 @@ class Kernel:
             )
             self._shared[device] = shared
         config = _config(blocks, threads, shared, overlap)
-        config.hStream = torch.cuda.current_stream(device).cuda_stream
+        config.hStream = current_stream(device)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        with torch.cuda.device(device):
+        with contextlib.nullcontext() if torch.cuda.current_device() == device else torch.cuda.device(device):
             enter(device)
             status = cu.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0)[0]
         check(status, f"launching {self._name} with {blocks} x {threads} threads and {shared} B of shared memory")

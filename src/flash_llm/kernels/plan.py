@@ -9,6 +9,8 @@ from flash_llm.tensor.layout import LANES, STRIP_ROWS, WORD_COLUMNS, ValueKind, 
 
 _PASS_BYTES = 24 << 20  # of x, which all of the weight passes by: so much stays in the L2 cache of an H100
 _UNPACK_FROM = {True: 2048, False: 257}  # rows of x; Hopper or not
+_WORKSPACE_BYTES = 256 << 20  # that an expanded weight takes at a time: memory that the KV cache could have
+_WORKSPACE_ROWS = 1024  # at least so many rows together, or multiplying them is slow
 _UNPACK_WARPS = 8
 _UNPACK_STAGE = STRIP_ROWS * (2 * WORD_COLUMNS + 16)  # bytes of a warp, besides its columns
 
@@ -292,6 +294,12 @@ def rows_in_a_pass(n: int, columns: int) -> int:
 def unpack_from(device: Device) -> int:
     """From as many rows of x on the weight is expanded into a workspace and multiplied densely."""
     return _UNPACK_FROM[device.capability == (9, 0)]
+
+
+def rows_unpacked(rows: int, columns: int) -> int:
+    """Rows of a weight [rows, columns] that are expanded and multiplied at a time, whole strips of it."""
+    parts = max(1, min(ceil_div(2 * rows * columns, _WORKSPACE_BYTES), rows // _WORKSPACE_ROWS))
+    return ceil_div(rows, STRIP_ROWS * parts) * STRIP_ROWS
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ _NO_NUMBERS = {ValueKind.E4M3: (0x7F, 0xFF), ValueKind.INT8: (0x80,)}
 """Bytes that are no value of a kind: NaN, and -128, which the symmetric range leaves out."""
 
 
+_ALIGNMENT = 256  # bytes, of tensors that share memory: as torch aligns its own
+
+
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A [M, K] matrix of float16 or bfloat16 whose zeros take one bit each. ``docs/format.md`` describes every bit.
@@ -190,6 +193,19 @@ class PackedWeight:
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight on another device."""
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
+
+    def together(self) -> PackedWeight:
+        """The same weight with all its tensors in one piece of memory that nothing else is in."""
+        starts, size = {}, 0
+        for name, tensor in self.tensors().items():
+            starts[name] = size
+            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        moved: dict[str, Any] = {}
+        for name, tensor in self.tensors().items():
+            place = memory[starts[name] : starts[name] + tensor.nbytes].view(tensor.dtype)
+            moved[name] = place.view(tensor.shape).copy_(tensor)
         return replace(self, **moved)
 
     def in_dtype(self, dtype: torch.dtype) -> PackedWeight:

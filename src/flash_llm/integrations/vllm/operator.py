@@ -32,7 +32,7 @@ def linear_at(x: Tensor, bias: Tensor | None, bitmap: Tensor, rows: int) -> Tens
     Raises:
         KernelError: no weight that was given to :func:`remember` has its bitmap there.
     """
-    return torch.ops.flash_llm.linear_at(x, bias, bitmap, rows)
+    return torch.ops.flash_llm.linear_at.default(x, bias, bitmap, rows)
 
 
 torch.library.define("flash_llm::linear_at", "(Tensor x, Tensor? bias, Tensor bitmap, int rows) -> Tensor")
