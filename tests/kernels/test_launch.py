@@ -76,8 +76,12 @@ def test_a_context_that_cannot_be_had_is_said_in_words(
 def test_each_thread_has_launch_configurations_of_its_own(thread: ThreadPoolExecutor) -> None:
     """A launch sets the stream on one: another thread's must not be changed meanwhile."""
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings isn't installed")
-    mine = launch._config(132, 512, 1024, True)
-    assert launch._config(132, 512, 1024, True) is mine
+    mine, room = launch._config(132, 512, 1024, True)
+    again = launch._config(132, 512, 1024, True)
+    assert again[0] is mine
+    assert again[1] is room
     assert (mine.gridDimX, mine.blockDimX, mine.sharedMemBytes, mine.numAttrs) == (132, 512, 1024, 1)
-    assert launch._config(132, 512, 1024, False).numAttrs == 0
-    assert thread.submit(launch._config, 132, 512, 1024, True).result() is not mine
+    assert launch._config(132, 512, 1024, False)[0].numAttrs == 0
+    others, its_room = thread.submit(launch._config, 132, 512, 1024, True).result()
+    assert others is not mine
+    assert its_room is not room

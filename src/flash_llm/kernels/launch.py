@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import threading
@@ -72,12 +71,13 @@ def current_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
-def _config(blocks: int, threads: int, shared: int, overlap: bool) -> Any:
-    """A launch's configuration, but for the stream. Kept by each thread, since making one takes as long as a launch."""
+def _config(blocks: int, threads: int, shared: int, overlap: bool) -> tuple[Any, ctypes.Array[ctypes.c_void_p]]:
+    """A launch's configuration, but for the stream, and room for the argument's address. Kept by each thread, since
+    making them takes as long as a launch."""
     known = _thread.__dict__.setdefault("configs", {})
-    config = known.get((blocks, threads, shared, overlap))
-    if config is not None:
-        return config
+    found = known.get((blocks, threads, shared, overlap))
+    if found is not None:
+        return found
     cu = driver()
     config = cu.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
@@ -88,8 +88,8 @@ def _config(blocks: int, threads: int, shared: int, overlap: bool) -> Any:
         attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = _PROGRAMMATIC
         config.attrs, config.numAttrs = [attribute], 1
-    known[blocks, threads, shared, overlap] = config
-    return config
+    known[blocks, threads, shared, overlap] = config, (ctypes.c_void_p * 1)()
+    return known[blocks, threads, shared, overlap]
 
 
 class Kernel:
@@ -115,20 +115,25 @@ class Kernel:
             shared: bytes of dynamic shared memory.
             overlap: may start before the kernel before it has ended (the kernel itself waits where it must).
         """
-        cu = driver()
+        if torch.cuda.current_device() != device:
+            with torch.cuda.device(device):
+                return self.launch(params, blocks, threads, shared, device, overlap)
         if shared > self._shared.get(device, 0):
-            attribute = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            check(
-                cu.cuKernelSetAttribute(attribute, shared, self._kernel, device)[0], f"giving {self._name} {shared} B"
-            )
-            self._shared[device] = shared
-        config = _config(blocks, threads, shared, overlap)
+            self._allow(shared, device)
+        enter(device)
+        config, pointers = _config(blocks, threads, shared, overlap)
         config.hStream = current_stream(device)
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        with contextlib.nullcontext() if torch.cuda.current_device() == device else torch.cuda.device(device):
-            enter(device)
-            status = cu.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0)[0]
-        check(status, f"launching {self._name} with {blocks} x {threads} threads and {shared} B of shared memory")
+        pointers[0] = ctypes.addressof(params)
+        status = driver().cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0)[0]
+        if status:
+            check(status, f"launching {self._name} with {blocks} x {threads} threads and {shared} B of shared memory")
+
+    def _allow(self, shared: int, device: int) -> None:
+        """Lets the kernel have so much dynamic shared memory."""
+        cu = driver()
+        attribute = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(cu.cuKernelSetAttribute(attribute, shared, self._kernel, device)[0], f"giving {self._name} {shared} B")
+        self._shared[device] = shared
 
 
 @functools.cache
