@@ -38,7 +38,10 @@ SPARSE_MODELS = (
     "opt-66b-one-h100",
     "opt-175b-h200",
     "llama-3-8b-h100",
+    "llama-3-8b-1024-h100",
+    "llama-3-70b-h100",
 )
+SETTLED_MODELS = ("opt-66b-one-h100", "llama-3-8b-1024-h100")  # whose packed weights lie in memory of their own size
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 ASSUMED_MATRIX_SHARE = 0.7
 Row = dict[str, Any]
@@ -137,6 +140,7 @@ def tables() -> str:
         "",
         "### Memory in vLLM",
         *memory_table(engine, rates(gpu)),
+        *sparse_memory_rows([read(f"e2e-{name}.json") for name in SETTLED_MODELS]),
     ]
     return "\n".join(parts) + "\n"
 
@@ -226,8 +230,8 @@ def sparse_engine_table(reports: list[dict[str, Any]]) -> list[str]:
     """Decode steps of sparse models: by the kernel's fit and what vLLM adds to dense models, nothing fitted to them."""
     lines = [
         "",
-        "| model | GPU | weights | GPUs | batch | step, measured | predicted | error |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | GPU | weights | GPUs | batch | input | step, measured | predicted | error |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     rows = [
         (report["settings"]["model"], find_gpu(report["environment"]["gpu"]), row)
@@ -240,8 +244,8 @@ def sparse_engine_table(reports: list[dict[str, Any]]) -> list[str]:
         step = line.step_us(form, row["batch"], fit.mean_context(row)) * 1e-3
         real = row["time_per_output_token_ms"]
         lines.append(
-            f"| {name} | {gpu.name} | {form.name} | {row['gpus']} | {row['batch']} | {real:.1f} ms | {step:.1f} ms | "
-            f"{step / real - 1:+.1%} |"
+            f"| {name} | {gpu.name} | {form.name} | {row['gpus']} | {row['batch']} | {row['input_len']} | "
+            f"{real:.1f} ms | {step:.1f} ms | {step / real - 1:+.1%} |"
         )
     return lines
 
@@ -275,15 +279,36 @@ def memory_table(report: dict[str, Any], on: Rates) -> list[str]:
     ]
     for row in {(row["model"], row["precision"]): row for row in report["results"]}.values():
         model, form = shapes[row["model"]], fit.FORMS[row["precision"]]
-        weights = weights_bytes(model, form, row["gpus"]) / 2**30
-        a_token = 2 * sum(cache.elements(1, row["gpus"]) for cache in model.caches)
-        tokens = cache_room(model, on, form, row["gpus"], report["memory_share"]) / a_token
-        lines.append(
-            f"| {row['model']} | {row['precision']} | {row['gpus']} | {row['weights_gib_a_gpu']:.1f} GiB | "
-            f"{weights:.1f} GiB | {weights / row['weights_gib_a_gpu'] - 1:+.1%} | {row['kv_tokens']:,} tokens | "
-            f"{tokens:,.0f} tokens | {tokens / row['kv_tokens'] - 1:+.1%} |"
-        )
+        measured = row["weights_gib_a_gpu"], row["kv_tokens"]
+        lines.append(memory_row(model, row["precision"], form, row["gpus"], on, report["memory_share"], measured))
     return lines
+
+
+def sparse_memory_rows(reports: list[dict[str, Any]]) -> list[str]:
+    """More of them, of sparse models."""
+    lines = []
+    for report in reports:
+        settings, gpu = report["settings"], find_gpu(report["environment"]["gpu"])
+        for row in {row["weights"]: row for row in report["results"] if row["sparsity"] is not None}.values():
+            model, form = shape(settings["model"]), sparse_format(row["weights"])
+            measured = row["weight_bytes"] / 2**30, row["kv_cache_tokens"]
+            lines.append(
+                memory_row(model, form.name, form, row["gpus"], rates(gpu), settings["memory_share"], measured)
+            )
+    return lines
+
+
+def memory_row(
+    model: ModelShape, kind: str, form: Format, gpus: int, on: Rates, share: float, measured: tuple[float, int]
+) -> str:
+    """GiB of weights and tokens of KV cache on each GPU, as measured and as predicted."""
+    weights = weights_bytes(model, form, gpus) / 2**30
+    tokens = cache_room(model, on, form, gpus, share) / (2 * sum(cache.elements(1, gpus) for cache in model.caches))
+    return (
+        f"| {model.name} | {kind} | {gpus} | {measured[0]:.1f} GiB | {weights:.1f} GiB | "
+        f"{weights / measured[0] - 1:+.1%} | {measured[1]:,} tokens | {tokens:,.0f} tokens | "
+        f"{tokens / measured[1] - 1:+.1%} |"
+    )
 
 
 if __name__ == "__main__":

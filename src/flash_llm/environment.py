@@ -42,7 +42,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "memory_bytes": _memory()},
         "packages": {"flash-llm": __version__, **{name: _version(name) for name in PACKAGES}},
-        "cuda": {"torch_built_for": _torch_cuda(), "driver": _driver(), "nvrtc": _nvrtc()},
+        "cuda": {"torch_built_for": _torch_cuda(), "driver": driver_version(), "nvrtc": _nvrtc()},
         "gpus": _gpus(),
         "kernel_cache": _kernel_cache(),
         "kernel": _kernel(),
@@ -111,7 +111,7 @@ def _tuned_plans(device: int) -> str:
     return f"{count} in {file}" if count else "none"
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
     """The driver's version, as nvidia-smi says it."""
     program = shutil.which("nvidia-smi")
     if program is None:

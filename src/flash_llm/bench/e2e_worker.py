@@ -29,6 +29,7 @@ import torch
 from flash_llm import __version__
 from flash_llm.bench import e2e_inside
 from flash_llm.bench.e2e import LARGEST, sparsity
+from flash_llm.environment import driver_version
 
 _FIRST_TOKEN_RUNS = 3
 _PROFILED_TOKENS = 17
@@ -132,6 +133,7 @@ def environment(llm: Any) -> dict[str, Any]:
     # Torch would need a context on the GPU to say its name, and memory for that.
     gpu = current_platform.get_device_name() if current_platform.is_cuda() else None
     versions = {"vllm": vllm.__version__, "torch": torch.__version__, "cuda": torch.version.cuda}
+    versions["driver"] = driver_version()
     return {
         "gpu": gpu,
         **versions,

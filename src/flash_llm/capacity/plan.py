@@ -9,6 +9,7 @@ from flash_llm.capacity.efficiency import Efficiency, efficiency
 from flash_llm.capacity.models import Linear, ModelShape
 from flash_llm.capacity.roofline import Rates, Roofline, shard
 from flash_llm.capacity.sizes import Format
+from flash_llm.kernels.plan import rows_unpacked
 
 BATCHES = (1, 8, 16, 32, 64, 128, 256)
 MAX_GPUS = 8
@@ -213,9 +214,10 @@ def _row(
 def cache_room(model: ModelShape, rates: Rates, form: Format, gpus: int, memory_share: float) -> float:
     """Bytes of each GPU that are left for the KV cache; negative if the weights alone don't fit."""
     taken = weights_bytes(model, form, gpus) + RESERVED
-    if form.kind == "sparse":  # long prompts are multiplied from a layer that is unpacked into a workspace
+    if form.kind == "sparse":  # long prompts are multiplied from what is unpacked of a layer into a workspace
         shares = [shard(linear, gpus) for linear in model.linears if linear.packable]
-        taken += _BYTES * max((sum(rows) * columns for rows, columns in shares), default=0)
+        at_a_time = (min(sum(rows), rows_unpacked(sum(rows), columns)) * columns for rows, columns in shares)
+        taken += _BYTES * max(at_a_time, default=0)
     return rates.memory * memory_share - taken
 
 
