@@ -178,6 +178,8 @@ def test_published_means_follow_from_their_results(path: Path) -> None:
         ("e2e-opt-30b-h100", "e2e-opt-30b-second-h100", "e2e-opt-30b-before-h100"),
         ("e2e-opt-66b-h100", "e2e-opt-66b-one-h100"),
         ("e2e-llama-3-8b-h100", "e2e-llama-3-8b-int4-h100"),
+        ("e2e-llama-3-8b-1024-h100",),
+        ("e2e-llama-3-70b-h100", "e2e-llama-3-70b-int4-h100", "e2e-llama-3-70b-fp8-h100"),
         ("e2e-opt-175b-h200",),
     ],
     ids=lambda names: names[0],
