@@ -52,7 +52,12 @@ def test_logits_are_those_of_the_dense_model(folders: tuple[Path, Path], dtype: 
     assert packed.dtype == dense.dtype
     assert {p.dtype for p in packed.parameters()} == {p.dtype for p in dense.parameters()}
     assert all(layer.weight_bitmap.dtype == torch.int32 for layer in sparse_layers(packed).values())
-    assert torch.equal(logits(packed), logits(dense))
+    ours, theirs = logits(packed), logits(dense)
+    if any(layer.transposed for layer in sparse_layers(packed).values()):
+        # GPT-2's layers multiply by the weight the other way round, which some CPUs sum in another order.
+        torch.testing.assert_close(ours, theirs)
+    else:
+        assert torch.equal(ours, theirs)
 
 
 def test_a_model_may_ask_for_its_layers_weights(tmp_path: Path) -> None:

@@ -6,19 +6,17 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from flash_llm.errors import CheckpointError
 from flash_llm.layers import is_linear, is_packable, is_turned
 from flash_llm.nn import BUFFERS
 from flash_llm.staying_dense import output_layer, staying_dense
 from flash_llm.tensor.layout import VALUE_DTYPES
+from flash_llm.tensor_names import TensorNames
 
 
 def meta_model(path: Path, architectures: Iterable[str] = ()) -> PreTrainedModel:
@@ -39,34 +37,23 @@ def meta_model(path: Path, architectures: Iterable[str] = ()) -> PreTrainedModel
         ) from error
 
 
-class TensorNames:
-    """Where transformers puts the tensors of a checkpoint: what it renames, and what it fuses or splits."""
+class PackedNames(TensorNames):
+    """The same where linear layers may be packed, and then have other tensors."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        conversions = get_model_conversion_mapping(model)
-        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-        self._prefix = model.base_model_prefix
-        self._state: dict[str, Any] = dict(model.state_dict())
+        super().__init__(model)
         for name, module in model.named_modules():
-            if is_linear(module):  # its tensors once it is packed
-                self._state.update({f"{name}.{buffer}": True for buffer in BUFFERS.values()})
-
-    def target(self, name: str) -> tuple[str | None, bool]:
-        """The model's name for a checkpoint's tensor (None: it has none), and whether its values are converted."""
-        target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
-        if target not in self._state and name in self._state:
-            target, pattern = name, None
-        return (target if target in self._state else None), pattern is not None
+            if is_linear(module):
+                self.state.update({f"{name}.{buffer}": True for buffer in BUFFERS.values()})
 
     def layer(self, name: str) -> str | None:
         """The module whose ``weight`` is the checkpoint's ``NAME.weight``, if a packed one finds its way there too."""
-        target, converted = self.target(f"{name}.weight")
-        if target is None or converted or not target.endswith(".weight"):
+        target, pattern = self.target(f"{name}.weight")
+        if target is None or pattern is not None or not target.endswith(".weight"):
             return None
         module = target.removesuffix(".weight")
         packed = {self.target(f"{name}.{buffer}") for buffer in BUFFERS.values()}
-        return module if packed == {(f"{module}.{buffer}", False) for buffer in BUFFERS.values()} else None
+        return module if packed == {(f"{module}.{buffer}", None) for buffer in BUFFERS.values()} else None
 
 
 @dataclass
@@ -93,7 +80,7 @@ def find_linears(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
         ValueError: the model has no linear layer.
         CheckpointError: a tensor's shape is not the one that the config calls for.
     """
-    names = TensorNames(model)
+    names = PackedNames(model)
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     if not linears:
         raise ValueError(f"{type(model).__name__} has no linear layers to compress")
@@ -103,11 +90,11 @@ def find_linears(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
     in_16_bits = any(linear.get_parameter("weight").dtype in VALUE_DTYPES for linear in linears.values())
     found, seen = Linears(), set()
     for tensor in shapes:
-        target, converted = names.target(tensor)
+        target, pattern = names.target(tensor)
         if target is None or not tensor.endswith(".weight"):
             continue
         layer = tensor.removesuffix(".weight")
-        if converted:
+        if pattern is not None:
             if len(shapes[tensor]) == 2:
                 found.other[target.removesuffix(".weight")] = "transformers fuses or splits its tensors at load"
             continue

@@ -115,7 +115,7 @@ class FlashLLMQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        from flash_llm.structure import TensorNames
+        from flash_llm.structure import PackedNames
 
         self.dtype = model.dtype
         if not self.pre_quantized:
@@ -129,7 +129,7 @@ class FlashLLMQuantizer(HfQuantizer):
             if (folder / CONFIG).is_file():
                 check_config(folder)
             check_tensors(TensorFiles(Path(file) for file in files), record)
-        names = TensorNames(model)
+        names = PackedNames(model)
         for layer, metadata in record["layers"].items():
             self._make_sparse(model, names.layer(layer), layer, metadata)
         self._expect_placeholder(model, names.target(f"{min(record['layers'])}.weight")[0])

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import dot_natural_key
 
 from flash_llm.errors import CheckpointError
 from flash_llm.prune.source import SourceFolder
+from flash_llm.tensor_names import TensorNames
 
 
 class StoredTensors:
@@ -24,11 +24,7 @@ class StoredTensors:
 
     def __init__(self, model: PreTrainedModel, source: SourceFolder) -> None:
         self._model, self._source = model, source
-        conversions = get_model_conversion_mapping(model)
-        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-        self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
-        self._state: dict[str, Any] = dict(model.state_dict())
+        self._names = TensorNames(model)
         self._keys: dict[str, str] = {}  # of parameters that are a tensor of their own
         self._parts: dict[str, list[tuple[str, str]]] = {}  # of others: patterns of a converter and names of tensors
         self._home: dict[str, str] = {}  # of each tensor: the parameter, or the first of several that it becomes
@@ -56,7 +52,7 @@ class StoredTensors:
         """
         first = self._group[name]
         parts = self._parts[first]
-        converter = copy.deepcopy(self._by_pattern[parts[0][0]])
+        converter = copy.deepcopy(self._names.converters[parts[0][0]])
         for pattern, key in parts:
             converter.add_tensor(first, key, pattern, self._source.read(key))  # type: ignore[arg-type]
         try:
@@ -71,11 +67,8 @@ class StoredTensors:
         return value[0] if isinstance(value, list) else value
 
     def _place(self, key: str) -> None:
-        prefix, state = self._model.base_model_prefix, self._state
-        target, pattern = rename_source_key(key, self._renamings, self._converters, prefix, state)
-        if target not in state and key in state:
-            target, pattern = rename_source_key(key, [], [], prefix, state)
-        if target not in state:
+        target, pattern = self._names.target(key)
+        if target is None:
             return
         self._home[key] = target
         if pattern is None:
@@ -85,5 +78,5 @@ class StoredTensors:
 
     def _targets(self, first: str) -> list[str]:
         """All parameters that come out of the conversion whose first one is given."""
-        patterns = self._by_pattern[self._parts[first][0][0]].target_patterns
+        patterns = self._names.converters[self._parts[first][0][0]].target_patterns
         return [first, *(first.replace(patterns[0], pattern) for pattern in patterns[1:])]

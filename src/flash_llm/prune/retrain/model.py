@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from flash_llm.errors import CheckpointError
 from flash_llm.prune.folder import RECORD
 from flash_llm.prune.retrain.config import RetrainConfig
 from flash_llm.prune.skeleton import Skeleton, block_names
 from flash_llm.prune.source import SourceFolder
+from flash_llm.tensor_names import TensorNames
 
 
 def open_source(folder: Path) -> SourceFolder:
@@ -150,13 +149,11 @@ def stored_names(model: PreTrainedModel, source: SourceFolder) -> dict[str, str]
         CheckpointError: a parameter is stored under no name, so that it could not be written again.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    state: dict[str, Any] = dict(model.state_dict())
+    targets = TensorNames(model)
     names: dict[str, str] = {}
     for key in source.names:
-        target, _ = rename_source_key(key, renamings, [], model.base_model_prefix, state)
-        name = target if target in parameters else key
-        if name in parameters:
+        name, pattern = targets.target(key)
+        if name in parameters and pattern is None:
             names[key] = name
     homes = {id(parameters[name]) for name in names.values()}
     for name, parameter in model.named_parameters():
