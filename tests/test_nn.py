@@ -45,27 +45,6 @@ def test_it_gives_what_the_dense_layer_gives(dtype: torch.dtype, bias: bool) -> 
     assert layer(normal(0, COLUMNS, dtype=dtype)).shape == (0, ROWS)
 
 
-def test_the_weight_it_multiplies_by_is_always_its_own() -> None:
-    """What is kept between products is not that of before the layer was changed."""
-    layer = SparseLinear.from_linear(dense_layer())
-
-    def check(dtype: torch.dtype = torch.float16) -> None:
-        kept = layer._kept()
-        assert kept is layer._kept()
-        assert kept.dtype == dtype
-        assert all(kept.tensors()[name] is getattr(layer, f"weight_{name}") for name in kept.tensors())
-
-    check()
-    copied = copy.deepcopy(layer)
-    assert copied._kept().values is copied.weight_values
-    layer.load_state_dict(copied.state_dict(), assign=True)
-    check()
-    layer.weight_values = layer.weight_values.clone()
-    check()
-    layer.to(torch.bfloat16)
-    check(torch.bfloat16)
-
-
 @quietly
 def test_it_compiles_as_one_graph() -> None:
     dense = dense_layer()

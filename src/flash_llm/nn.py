@@ -77,7 +77,6 @@ class SparseLinear(nn.Module):
             self.register_buffer(BUFFERS[name], tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._dense: Tensor | None = None
-        self._packed: PackedWeight | None = None
 
     @classmethod
     def from_packed(cls, weight: PackedWeight, bias: Tensor | None = None, transposed: bool = False) -> SparseLinear:
@@ -127,21 +126,14 @@ class SparseLinear(nn.Module):
                 self.expand()
             if self._dense is not None:
                 return nn.functional.linear(x, self._dense, self.bias)
-        return ops.linear(x, self.packed if torch.compiler.is_compiling() else self._kept(), self.bias)
-
-    def _kept(self) -> PackedWeight:
-        """:attr:`packed`, not made anew for each of many short products."""
-        kept, buffers = self._packed, self._buffers
-        if kept is None or any(buffers[name] is not getattr(kept, tensor) for tensor, name in BUFFERS.items()):
-            kept = self._packed = self.packed
-        return kept
+        return ops.linear(x, self.packed, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         before = (self.weight_values, self.weight_scales)
         # What becomes of the dtype, and so of 16-bit values; those of 8 bits and their scales keep theirs.
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_values.device)).dtype
         super()._apply(fn, recurse)
-        self._dense = self._packed = None  # of the old device or dtype
+        self._dense = None  # of the old device or dtype
         if before[1] is not None and self.weight_scales is not None:
             self.weight_values = _as_before(self.weight_values, before[0])
             self.weight_scales = _as_before(self.weight_scales, before[1])
@@ -151,7 +143,7 @@ class SparseLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._dense = self._packed = None  # of the old weight
+        self._dense = None  # of the old weight
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
