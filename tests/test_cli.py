@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import flash_llm
 from flash_llm import environment
 from flash_llm.cli import app
+from flash_llm.kernels import choice
 
 WORDS = [f"word{i}" for i in range(60)]
 VERBS = (
@@ -220,9 +221,12 @@ def test_env_describes_any_machine() -> None:
     assert torch.__version__ in run("env").stdout
 
 
-def test_env_says_which_kernel_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_says_which_kernel_is_asked_for(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    forget = choice.of_environment.cache_clear  # it is read once a process
+    request.addfinalizer(forget)
     for value, said in (("", "auto"), ("portable", "portable"), ("fast", "can't be used: FLASH_LLM_KERNEL 'fast'")):
         monkeypatch.setenv("FLASH_LLM_KERNEL", value)
+        forget()
         assert json.loads(run("env", "--json").stdout)["kernel"].startswith(said)
 
 
