@@ -189,7 +189,7 @@ def test_rows_of_x_of_all_sizes_are_split(values: ValueKind, dtype: torch.dtype)
 def test_not_a_number_and_infinity_stay_where_they_belong(
     kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(choice.VARIABLE, kernel)
+    monkeypatch.setattr(choice, "_in_use", kernel)
     dense = sparse(100, 200, 0.6, dtype, device="cuda")
     dense[3, 7], dense[50, 199], dense[99, 0] = float("nan"), float("inf"), float("-inf")
     x = torch.randn(5, 200, device="cuda").to(dtype)
