@@ -186,23 +186,21 @@ def test_rows_of_x_of_all_sizes_are_split(values: ValueKind, dtype: torch.dtype)
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_not_a_number_and_infinity_stay_where_they_belong(
-    kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(choice, "_in_use", kernel)
-    dense = sparse(100, 200, 0.6, dtype, device="cuda")
-    dense[3, 7], dense[50, 199], dense[99, 0] = float("nan"), float("inf"), float("-inf")
-    x = torch.randn(5, 200, device="cuda").to(dtype)
-    for columns in (200, 197):
-        y = flash_llm.linear(x[:, :columns], PackedWeight.from_dense(dense[:, :columns]))
-        expected = exact(x[:, :columns], dense[:, :columns], None)
+def test_not_a_number_and_infinity_stay_where_they_belong(kernel: str, dtype: torch.dtype) -> None:
+    with choice.using(kernel):
+        dense = sparse(100, 200, 0.6, dtype, device="cuda")
+        dense[3, 7], dense[50, 199], dense[99, 0] = float("nan"), float("inf"), float("-inf")
+        x = torch.randn(5, 200, device="cuda").to(dtype)
+        for columns in (200, 197):
+            y = flash_llm.linear(x[:, :columns], PackedWeight.from_dense(dense[:, :columns]))
+            expected = exact(x[:, :columns], dense[:, :columns], None)
+            assert torch.equal(y.isnan(), expected.isnan())
+            assert torch.equal(y.isinf(), expected.isinf())
+        x[2, 5] = float("inf")  # times a zero, dropped or not, it is not a number
+        expected = exact(x, dense, None)
+        y = flash_llm.linear(x, PackedWeight.from_dense(dense))
         assert torch.equal(y.isnan(), expected.isnan())
-        assert torch.equal(y.isinf(), expected.isinf())
-    x[2, 5] = float("inf")  # times a zero, dropped or not, it is not a number
-    expected = exact(x, dense, None)
-    y = flash_llm.linear(x, PackedWeight.from_dense(dense))
-    assert torch.equal(y.isnan(), expected.isnan())
-    assert torch.equal(y[expected.isinf()].double(), expected[expected.isinf()])
+        assert torch.equal(y[expected.isinf()].double(), expected[expected.isinf()])
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3), (2, 0, 3), (5, 4, 30)], ids=str)

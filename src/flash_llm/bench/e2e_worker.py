@@ -133,10 +133,10 @@ def environment(llm: Any) -> dict[str, Any]:
     # Torch would need a context on the GPU to say its name, and memory for that.
     gpu = current_platform.get_device_name() if current_platform.is_cuda() else None
     versions = {"vllm": vllm.__version__, "torch": torch.__version__, "cuda": torch.version.cuda}
-    versions["driver"] = driver_version()
     return {
         "gpu": gpu,
         **versions,
+        "driver": driver_version(),
         "flash_llm": __version__,
         "engine_process": "own" if own else "shared",
         "async_scheduling": scheduling,

@@ -148,11 +148,12 @@ _launches: dict[tuple[object, ...], _Launch] = {}
 def _launch_of(weight: PackedWeight, n: int) -> _Launch:
     """How a weight is multiplied by n rows of x. What is kept holds addresses, and is found by them and by all else it
     depends on; so it is right, too, for another weight that has come to lie in the same place."""
-    bitmap, values, offsets, scales = weight.bitmap, weight.values, weight.offsets, weight.scales
+    values = weight.values
     key = (
-        *(bitmap.data_ptr(), values.data_ptr(), offsets.data_ptr(), None if scales is None else scales.data_ptr()),
+        *_pointers(weight),
+        _scales(weight),
         *(weight.shape, values.numel(), values.dtype, weight.computed_in, weight.tile_words, weight.max_packets),
-        *(n, bitmap.get_device(), choice.kernel()),
+        *(n, values.get_device(), choice.kernel()),
     )
     found = _launches.get(key)
     if found is None:

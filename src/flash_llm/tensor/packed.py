@@ -22,6 +22,7 @@ from flash_llm.tensor.layout import (
     VALUE_DTYPES,
     WORD_COLUMNS,
     ValueKind,
+    ceil_div,
     grid,
 )
 from flash_llm.tensor.quantise import choose_scales, dequantise, quantise
@@ -197,15 +198,13 @@ class PackedWeight:
 
     def together(self) -> PackedWeight:
         """The same weight with all its tensors in one piece of memory that nothing else is in."""
-        starts, size = {}, 0
-        for name, tensor in self.tensors().items():
-            starts[name] = size
-            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        memory = torch.empty(size, dtype=torch.uint8, device=self.device)
-        moved: dict[str, Any] = {}
-        for name, tensor in self.tensors().items():
-            place = memory[starts[name] : starts[name] + tensor.nbytes].view(tensor.dtype)
-            moved[name] = place.view(tensor.shape).copy_(tensor)
+        tensors = self.tensors()
+        sizes = [ceil_div(tensor.nbytes, _ALIGNMENT) * _ALIGNMENT for tensor in tensors.values()]
+        places = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device).split(sizes)
+        moved: dict[str, Any] = {
+            name: place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            for (name, tensor), place in zip(tensors.items(), places, strict=True)
+        }
         return replace(self, **moved)
 
     def in_dtype(self, dtype: torch.dtype) -> PackedWeight:
