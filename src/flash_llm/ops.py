@@ -23,7 +23,7 @@ from flash_llm.tensor import PackedWeight
 from flash_llm.tensor.layout import VALUE_DTYPES
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """y = x W^T + bias with a packed W.
 
     Accumulates in float32. From ``kernels.plan.unpack_from`` rows of x on the weight is expanded and torch multiplies,
@@ -33,6 +33,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
         x: [..., K], of the weight's dtype and on its device.
         weight: [M, K].
         bias: [M], of the same dtype, or None.
+        relu: max(y, 0) in place of y, with no kernel of its own where nothing else, such as gradients, asks for y.
 
     Returns:
         [..., M] in x's dtype.
@@ -44,8 +45,9 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     """
     _check(x, weight, bias)
     if not torch.compiler.is_compiling() and x.is_cuda and _nobody_watches(x, bias):
-        return _cuda_kernels().linear(x, weight, bias)
-    return torch.ops.flash_llm.linear.default(x, bias, *_flat(weight))
+        return _cuda_kernels().linear(x, weight, bias, relu)
+    y = torch.ops.flash_llm.linear.default(x, bias, *_flat(weight))
+    return y.relu() if relu else y
 
 
 def unpack(weight: PackedWeight) -> Tensor:

@@ -116,6 +116,28 @@ def test_whole_numbers_are_exact(case: Case) -> None:
     assert not len(wrong), f"{len(wrong)} of {y.numel()} are wrong, first {wrong[0].tolist()}"
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_relu_is_that_of_the_result(case: Case) -> None:
+    weight, x, bias = case.packed(), case.x(), case.bias_vector()
+    with case.using():
+        y = flash_llm.linear(x, weight, bias)
+        assert torch.equal(flash_llm.linear(x, weight, bias, relu=True), y.relu())
+
+
+@pytest.mark.parametrize("n", [1, 16, 32, 48, 64])
+@pytest.mark.parametrize("strips", [1, 3, 4])
+def test_a_last_row_block_with_few_rows(strips: int, n: int) -> None:
+    """Its tiles count less where work is dealt out, and warps without rows have nothing to do."""
+    rows, columns = (36 * 12 + strips) * 16 - 5, 28672
+    dense = torch.randint(-4, 5, (rows, columns), device="cuda", dtype=torch.int8).half()
+    dense.masked_fill_(torch.rand(rows, columns, device="cuda") < 0.8, 0)
+    x = torch.randint(-3, 4, (n, columns), device="cuda").half()
+    weight = PackedWeight.from_dense(dense, tile_words=8)
+    expected = (x.double() @ dense.double().T).half()
+    for _ in range(20):
+        assert torch.equal(flash_llm.linear(x, weight), expected)
+
+
 @pytest.mark.parametrize("values", ValueKind, ids=lambda kind: kind.value)
 @pytest.mark.parametrize("n", [8, 16, 32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("tile_words", TILE_WORDS)

@@ -102,7 +102,25 @@ def test_every_unit_has_one_block_and_every_block_knows_which(
     name: str, packed: tuple[Weight, ValueKind], n: int, place: float
 ) -> None:
     """The kernel's own arithmetic: where a block's units begin, and which block has a unit."""
-    chosen = plan.spmm_plan(DEVICES[name], *packed[0], n, False, values=packed[1])
+    check_dealing(plan.spmm_plan(DEVICES[name], *packed[0], n, False, values=packed[1]), place)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 400), st.integers(1, 4), st.integers(1, 1000), st.floats(0, 1))
+def test_a_last_row_block_with_few_rows_is_dealt_out_in_larger_shares(
+    row_blocks: int, more: int, words: int, place: float
+) -> None:
+    rows, columns = (row_blocks * 12 + more) * 16, words * 64
+    strips, _, tiles = grid(rows, columns, 8)
+    weight = (rows, columns, 7 * strips * tiles * LANES, 9, 8)
+    chosen = plan.spmm_plan(DEVICES["H100"], *weight, 64, False, n_blocks=8, warps=12, resident=1)
+    check_dealing(chosen, place)
+    edges = [first_unit(chosen, block) for block in range(chosen.blocks + 1)]
+    most = max(min(end, chosen.whole) - begin for begin, end in pairwise(edges) if begin < chosen.whole)
+    assert most <= -(-chosen.counted // chosen.blocks) <= -(-chosen.units // chosen.blocks)
+
+
+def check_dealing(chosen: plan.SpmmPlan, place: float) -> None:
     edges = [first_unit(chosen, block) for block in range(chosen.blocks + 1)]
     assert (edges[0], edges[-1]) == (0, chosen.units)
     assert all(begin < end for begin, end in pairwise(edges)), "every block has work"
@@ -113,18 +131,22 @@ def test_every_unit_has_one_block_and_every_block_knows_which(
 
 def first_unit(chosen: plan.SpmmPlan, block: int) -> int:
     """As ``csrc/spmm.cuh`` has it."""
-    return block * chosen.share + min(block, chosen.larger) - max(0, block - chosen.late)
+    counted = block * chosen.share + min(block, chosen.larger) - max(0, block - chosen.late)
+    if counted <= chosen.whole:
+        return counted
+    return min(chosen.units, chosen.whole + (counted - chosen.whole) * 3 // 2)
 
 
 def block_of_unit(chosen: plan.SpmmPlan, unit: int) -> int:
     """As ``csrc/spmm.cuh`` has it."""
     share = chosen.share
+    counted = unit if unit < chosen.whole else chosen.whole + ((unit - chosen.whole) * 2 + 1) // 3
     of_larger, before_late = chosen.larger * (share + 1), chosen.late * share + chosen.larger
-    if unit < of_larger:
-        return unit // (share + 1)
-    if unit < before_late:
-        return chosen.larger + (unit - of_larger) // share
-    return chosen.late + (unit - before_late) // max(1, share - 1)
+    if counted < of_larger:
+        return counted // (share + 1)
+    if counted < before_late:
+        return chosen.larger + (counted - of_larger) // share
+    return chosen.late + (counted - before_late) // max(1, share - 1)
 
 
 @pytest.mark.parametrize("n", [0, -1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,8 @@ class _SpmmParams(ctypes.Structure):
         ),
         ("x_stride", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("rows", "columns", "n", "strips", "words", "tiles", "row_blocks")),
-        *((name, ctypes.c_int) for name in ("share", "larger", "late", "column_bytes")),
+        *((name, ctypes.c_int) for name in ("share", "larger", "late", "units", "whole", "column_bytes")),
+        ("least", ctypes.c_float),
     )
 
 
@@ -57,8 +59,8 @@ def device_properties(device: int) -> plan.Device:
     return plan.Device((properties.major, properties.minor), properties.multi_processor_count, shared)
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x [..., K] times the transposed weight, plus bias: [..., M].
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, relu: bool = False) -> Tensor:
+    """x [..., K] times the transposed weight, plus bias: [..., M]; with ``relu`` what is negative becomes 0.
 
     Where no CUDA graph is replayed, a model's layers of a few rows of x are over sooner than Python asks for them. So
     what is the same at every call is kept (:class:`_Launch`).
@@ -67,16 +69,17 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     flat = x if x.dim() == 2 else x.reshape(-1, columns)
     n = flat.shape[0]
     if n >= unpacks_from(x.get_device()):
-        return _linear_unpacked(x, flat, weight, bias)
+        y = _linear_unpacked(x, flat, weight, bias)
+        return y.relu_() if relu else y
     y = x.new_empty(n, rows)
     flat = _readable(flat)
     bias = None if bias is None else bias.contiguous()
     a_pass = plan.rows_in_a_pass(n, columns)
     if n > a_pass:
         for some, result in zip(flat.split(a_pass), y.split(a_pass), strict=True):
-            _spmm(some, weight, bias, result, _launch_of(weight, some.shape[0]))
+            _spmm(some, weight, bias, result, _launch_of(weight, some.shape[0]), relu)
     elif n:
-        _spmm(flat, weight, bias, y, _launch_of(weight, n))
+        _spmm(flat, weight, bias, y, _launch_of(weight, n), relu)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
 
@@ -172,6 +175,7 @@ def _prepare(weight: PackedWeight, n: int, chosen: plan.SpmmPlan) -> _Launch:
     params.rows, params.columns, params.n = rows, columns, n
     params.strips, params.words, params.tiles, params.row_blocks = strips, words, tiles, chosen.row_blocks
     params.share, params.larger, params.late = chosen.share, chosen.larger, chosen.late
+    params.units, params.whole = chosen.units, chosen.whole
     params.column_bytes = chosen.column_bytes
     kernel = launch.get(chosen.source, "spmm", chosen.defines, launch.architecture(weight.device.index))
     defines = dict(chosen.defines)
@@ -181,8 +185,10 @@ def _prepare(weight: PackedWeight, n: int, chosen: plan.SpmmPlan) -> _Launch:
     return _Launch(chosen, kernel, _HopperArgument(spmm=params), rows_at_once)
 
 
-def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, prepared: _Launch) -> None:
-    """y [n, M] = x [n, K] W^T + bias."""
+def _spmm(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, prepared: _Launch, relu: bool = False
+) -> None:
+    """y [n, M] = x [n, K] W^T + bias, or 0 where that is less and ``relu`` is asked for."""
     chosen, device = prepared.chosen, x.get_device()
     split = x
     argument = type(prepared.argument).from_buffer_copy(prepared.argument)
@@ -198,6 +204,7 @@ def _spmm(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, prepa
     params.arrivals = counters.arrivals(device, chosen.counters)
     if bias is not None:
         params.bias = bias.data_ptr()
+    params.least = 0.0 if relu else -math.inf
     prepared.kernel.launch(argument, chosen.blocks, chosen.threads, chosen.shared, device, overlap=True)
 
 

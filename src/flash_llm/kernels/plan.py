@@ -30,11 +30,25 @@ _WIDE_PRODUCTS, _WIDE_DECODE = 32, 290  # cycles of a word for a block: for each
 _ADDING_UP = 0.25  # words' time for each block of 8 rows of x: what adding up a shared job costs
 _UNEVEN = 3  # times that, where blocks have parts of two jobs
 _LEAST_STAGES, _MOST_STAGES = 3, 6
-_MOST_STAGES_OF = {(4, 6): 4}  # by blocks of n and words of a tile: 4 to 5 % quicker, found by measuring
+_PIECES = {  # by blocks of n and words of a tile: words of a piece of X, and stages, found by measuring
+    (4, 6): (3, 4),
+    (4, 8): (4, 2),
+    (4, 10): (4, 3),
+    (4, 12): (4, 3),
+    (4, 16): (4, 3),
+    (8, 4): (2, 4),
+    (8, 6): (2, 3),
+    (8, 8): (4, 2),
+    (8, 12): (4, 3),
+    (8, 16): (4, 3),
+}
+_PAIRS = 16, 4  # up to so many blocks of n, of more than 8, pieces are two words, if there is room for so many
 _X8_ROWS = 32  # of x, up to which 8-bit values are multiplied as they are, with x split in two
 _X8_WORDS = 200  # of the weight a multiprocessor, from which on that repays a kernel of its own for splitting x
 _X8_MIDDLE = 450  # words a multiprocessor, up to which small blocks are quicker even if there is room for 8 warps only
 _SPLIT_WARPS = 4  # of a block
+_LIGHT_BLOCKS = (2, 4, 6, 8)  # of n, with which a row block with few rows may count less
+_LIGHT_DENSITY = 0.25  # of nonzeros, up to which it may
 _LATE = 8  # one of so many blocks starts late
 _SMALL = 700  # words of the weight a multiprocessor, up to which smaller blocks are thought of
 _SMALL_CYCLES = {  # by blocks of n, warps and resident: what _small_blocks reckons with
@@ -60,9 +74,10 @@ _SMALL_TILE = {True: 20, False: 7}  # 16-bit values or not; words of a tile time
 _EARLY_TILE = {1: 12, 2: 12, 4: 12, 6: 12, 8: 10, 12: 4}  # by blocks of n: words of a tile up to which early loads help
 _WIDE_EARLY_TILE = 8  # the same for others of more than 64 rows of x at a time; registers don't suffice for more
 _CHUNK_WORDS = {
-    True: {1: 4, 2: 4, 4: 2, 6: 2, 8: 2},
+    True: {1: 8, 2: 8, 4: 2, 6: 2, 8: 2},
     False: {1: 8, 2: 8, 4: 4, 8: 2},
 }  # Hopper or not; narrow tiles' blocks
+_X8_CHUNK_WORDS = {1: 4, 2: 4, 4: 2}  # where 8-bit values are multiplied as they are
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,8 @@ class SpmmPlan:
     """so many blocks, the first, have a unit more than the others"""
     late: int
     """from this block on they have a unit less"""
+    whole: int
+    """units before those of a last row block that count two thirds; all where none do"""
     row_blocks: int
     counters: int
     column_bytes: int
@@ -97,7 +114,12 @@ class SpmmPlan:
     @property
     def share(self) -> int:
         """Units of the blocks between the first and the late ones."""
-        return (self.units - self.larger + self.blocks - self.late) // self.blocks
+        return (self.counted - self.larger + self.blocks - self.late) // self.blocks
+
+    @property
+    def counted(self) -> int:
+        """Units as they are dealt out."""
+        return self.whole + _as_light(self.units - self.whole)
 
     @functools.cached_property
     def splits_x(self) -> bool:
@@ -147,7 +169,8 @@ def spmm_plan(
     blocks = min(device.multiprocessors * block.resident, units)
     if block.wide:
         blocks, _ = _wide_shares(jobs, blocks, words, block.n_blocks)
-    larger, late = _uneven_shares(units, blocks)
+    whole = _whole_units(block, strips, tiles, jobs, blocks, density)
+    larger, late = _uneven_shares(whole + _as_light(units - whole), blocks)
     defines = {
         "TILE_WORDS": tile_words,
         "RAGGED": words % tile_words,
@@ -155,6 +178,7 @@ def spmm_plan(
         "VALUES": values.code,
         **block.defines(tile_words),
         "EARLY": int(_early(block, words % tile_words > 0, tile_words, values)),
+        "LOAD_AFTER": _load_after(block, tile_words, values),
         **_packets_ahead(block, packets // (strips * tiles * LANES), max_packets, tile_words, values),
     }
     return SpmmPlan(
@@ -166,6 +190,7 @@ def spmm_plan(
         units=units,
         larger=larger,
         late=late,
+        whole=whole,
         row_blocks=row_blocks,
         counters=jobs * block.warps,
         column_bytes=column_bytes,
@@ -230,31 +255,62 @@ def _block(
     wide = n_blocks > 8
     words = _words(rows, columns)
     x8 = hopper and values is not ValueKind.BITS16 and n <= _X8_ROWS and words >= _X8_WORDS * device.multiprocessors
-    chunk_words = 1 if wide else chunk(tile_words, _CHUNK_WORDS[hopper][n_blocks])
-    stage = n_blocks * 8 * (chunk_words * WORD_COLUMNS * 2 + (0 if hopper else 16) + (4 if x8 else 0))
     if hopper and not wide and warps is None and resident is None:
         if x8 and n_blocks <= 2:
-            warps, resident = _x8_blocks(device, rows, columns, tile_words, n_blocks, column_bytes, stage)
+            warps, resident = _x8_blocks(device, rows, columns, tile_words, n_blocks, column_bytes)
         else:
             warps, resident = _small_blocks(device, rows, columns, tile_words, density, n_blocks, values)
     resident = resident or 1
     if wide:
         large = words > _SMALL * device.multiprocessors
         warps = warps or (large and _LARGE_WIDE_WARPS.get(n_blocks)) or _WIDE_WARPS
-        stages = _wide_stages(device, stage, warps * column_bytes)
-    elif hopper:
-        ring_bytes = _RING_BYTES[resident]
-        if x8 and warps is not None and resident == 1:
-            ring_bytes = min(ring_bytes, _room(device) - warps * column_bytes)
-        most = _MOST_STAGES_OF.get((n_blocks, tile_words), _MOST_STAGES)
-        stages = max(_LEAST_STAGES, min(most, ring_bytes // stage))
+    wanted = warps or _best_warps(hopper, n_blocks, tile_words)
+    if hopper:
+        chunk_words, stages = _pieces(device, x8, n_blocks, tile_words, wanted, resident, column_bytes)
     else:
-        stages = 2
-    ring = stages * stage + (_RING_EXTRA if hopper else 0)
+        chunk_words, stages = chunk(tile_words, _CHUNK_WORDS[False][n_blocks]), 2
+    ring = stages * _stage(n_blocks, chunk_words, hopper, x8) + (_RING_EXTRA if hopper else 0)
     if warps is None:
         fitting = (device.shared_memory - _STATIC_BYTES - ring) // column_bytes
-        warps = max(4, min(_best_warps(hopper, n_blocks, tile_words), fitting // 4 * 4))
+        warps = max(4, min(wanted, fitting // 4 * 4))
     return _Block(hopper, x8, n_blocks, warps, resident, chunk_words, stages, ring)
+
+
+def _stage(n_blocks: int, chunk_words: int, hopper: bool, x8: bool) -> int:
+    """Bytes of a piece of X, and of what belongs to it."""
+    return n_blocks * 8 * (chunk_words * WORD_COLUMNS * 2 + (0 if hopper else 16) + (4 if x8 else 0))
+
+
+def _pieces(
+    device: Device, x8: bool, n_blocks: int, tile_words: int, warps: int, resident: int, column_bytes: int
+) -> tuple[int, int]:
+    """Words of a piece of X on Hopper, and pieces that there is room for: the ring.
+
+    Larger pieces are waited for less often; and a ring that holds whole tiles takes 5 % fewer instructions, since a
+    tile's pieces are then where the compiler expects them.
+    """
+    columns = warps * column_bytes
+
+    def stages(words: int, ring_bytes: int, least: int) -> int:
+        found = max(least, min(_MOST_STAGES, ring_bytes // _stage(n_blocks, words, True, x8)))
+        pieces = ceil_div(tile_words, words)
+        return found - found % pieces if found > pieces else found
+
+    if n_blocks > 8:
+        pair = chunk(tile_words, 2)
+        if n_blocks <= _PAIRS[0] and stages(pair, _room(device) - columns, 0) >= _PAIRS[1]:
+            return pair, stages(pair, _room(device) - columns, 0)
+        return 1, stages(1, _room(device) - columns, 0)
+    if x8:
+        words = 8 if (n_blocks, tile_words, warps) == (1, 8, 16) else chunk(tile_words, _X8_CHUNK_WORDS[n_blocks])
+        return words, stages(words, min(_RING_BYTES[resident], _room(device) - columns), _LEAST_STAGES)
+    if (n_blocks, tile_words) in _PIECES:
+        words, found = _PIECES[n_blocks, tile_words]
+        a_block = found * _stage(n_blocks, words, True, x8) + columns + _RING_EXTRA + _STATIC_BYTES + _RESERVED
+        if resident * a_block <= device.shared_memory + _RESERVED:
+            return words, found
+    words = chunk(tile_words, _CHUNK_WORDS[True][n_blocks])
+    return words, stages(words, _RING_BYTES[resident], _LEAST_STAGES)
 
 
 def _early(block: _Block, ragged: bool, tile_words: int, values: ValueKind) -> bool:
@@ -267,6 +323,14 @@ def _early(block: _Block, ragged: bool, tile_words: int, values: ValueKind) -> b
         slower = ragged and block.n_blocks == 2
         return block.hopper and tile_words <= _EARLY_TILE.get(block.n_blocks, _WIDE_EARLY_TILE) and not slower
     return block.x8 and tile_words >= 8 * block.n_blocks
+
+
+def _load_after(block: _Block, tile_words: int, values: ValueKind) -> int:
+    """The word of a tile after which the next tile's packets are asked for: the later, the more likely are the bitmaps
+    there that say where they are. With some tiles of 8 words the first was found quicker, by 1 to 3 %."""
+    of_16_bits = values is ValueKind.BITS16 and block.n_blocks in (4, 8)
+    first = block.hopper and tile_words == 8 and (of_16_bits or (block.x8 and block.chunk_words < 8))
+    return 0 if first else tile_words // 8
 
 
 def _packets_ahead(block: _Block, mean: int, max_packets: int, tile_words: int, values: ValueKind) -> dict[str, int]:
@@ -416,6 +480,29 @@ def _uneven_shares(units: int, blocks: int) -> tuple[int, int]:
     return larger, blocks
 
 
+def _whole_units(block: _Block, strips: int, tiles: int, jobs: int, blocks: int, density: float) -> int:
+    """The units before those that count as two thirds, or all.
+
+    Where a third of the last row block's warps at most have rows, its tiles are soon over, and the blocks that have
+    them take half as many more if that spares all others one: 3 to 5 % of the time at 7168 x 28672 and 80 % zeros. That
+    is so where decoding is the limit. With many nonzeros, such a tile takes hardly less time than any other.
+    """
+    units = jobs * tiles
+    with_rows = strips % block.warps
+    few = 0 < 3 * ceil_div(with_rows, 4) * 4 <= block.warps < strips
+    if block.x8 or not (block.hopper and few and block.n_blocks in _LIGHT_BLOCKS and density <= _LIGHT_DENSITY):
+        return units
+    if units < 4 * blocks or jobs * block.warps >= strips + block.warps:  # or more rows of x are multiplied after it
+        return units
+    lighter = units - tiles + _as_light(tiles)
+    return units - tiles if ceil_div(lighter, blocks) < ceil_div(units, blocks) else units
+
+
+def _as_light(units: int) -> int:
+    """What units of a last row block with few rows count."""
+    return ceil_div(2 * units, 3)
+
+
 def _wide_held(registers: int, n_blocks: int, tile_words: int) -> int:
     """Packets that a thread holds ahead, after sums, two words' A registers, two tiles' bitmaps and addresses."""
     return (registers - 4 * n_blocks - 32 - 2 * tile_words - tile_words * 3 // 4 - _WIDE_ADDRESSES) // 4
@@ -469,7 +556,7 @@ def _small_blocks(
 
 
 def _x8_blocks(
-    device: Device, rows: int, columns: int, tile_words: int, n_blocks: int, column_bytes: int, stage: int
+    device: Device, rows: int, columns: int, tile_words: int, n_blocks: int, column_bytes: int
 ) -> tuple[int, int]:
     """(warps, resident) where 8-bit values are multiplied as they are: 16 warps a multiprocessor, if there is room.
 
@@ -480,9 +567,11 @@ def _x8_blocks(
     def fits(warps: int, resident: int) -> bool:
         if warps * resident == 16 and tile_words > (12 if n_blocks == 1 else 12 - 2 * resident):
             return False  # a thread's registers don't suffice
-        a_block = _LEAST_STAGES * stage + warps * column_bytes + _RING_EXTRA + _STATIC_BYTES + _RESERVED
+        a_block = ring + warps * column_bytes + _STATIC_BYTES + _RESERVED
         return resident * a_block <= device.shared_memory + _RESERVED
 
+    stage = _stage(n_blocks, chunk(tile_words, _X8_CHUNK_WORDS[n_blocks]), True, True)
+    ring = _LEAST_STAGES * stage + _RING_EXTRA
     words = _words(rows, columns) / device.multiprocessors
     if words <= _SMALL and fits(8, 2):
         return 8, 2

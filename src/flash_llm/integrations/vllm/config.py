@@ -18,6 +18,7 @@ from flash_llm.errors import CheckpointError
 from flash_llm.folder import CONFIG, ModelFolder
 from flash_llm.integrations.vllm import DUMMY_SPARSITY, DUMMY_VALUES
 from flash_llm.integrations.vllm.method import PackedLinearMethod
+from flash_llm.integrations.vllm.passes import add_passes
 from flash_llm.nn import DEFAULT_SKIP
 from flash_llm.tensor import ValueKind, parse_metadata
 
@@ -110,7 +111,9 @@ class FlashLLMConfig(QuantizationConfig):
         return [f"{parent}{part}" for part in names]
 
     def _method(self, prefix: str, parts: list[str]) -> PackedLinearMethod:
-        dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        engine = get_current_vllm_config()
+        add_passes(engine.compilation_config.inductor_compile_config, current_platform.pass_key)
+        dummy = engine.load_config.load_format == "dummy"
         sparsity = self._sparsity(parts) if dummy else None
         if dummy and sparsity is None:
             raise ValueError(

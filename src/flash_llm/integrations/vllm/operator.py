@@ -26,29 +26,32 @@ def remember(weight: PackedWeight) -> PackedWeight:
     return weight
 
 
-def linear_at(x: Tensor, bias: Tensor | None, bitmap: Tensor, rows: int) -> Tensor:
-    """``ops.linear(x, weight, bias)`` with the weight of ``rows`` rows whose bitmap this is.
+def linear_at(x: Tensor, bias: Tensor | None, bitmap: Tensor, rows: int, relu: bool = False) -> Tensor:
+    """``ops.linear(x, weight, bias, relu)`` with the weight of ``rows`` rows whose bitmap this is.
 
     Raises:
         KernelError: no weight that was given to :func:`remember` has its bitmap there.
     """
-    return torch.ops.flash_llm.linear_at.default(x, bias, bitmap, rows)
+    return LINEAR_AT(x, bias, bitmap, rows, relu=relu)
 
 
-torch.library.define("flash_llm::linear_at", "(Tensor x, Tensor? bias, Tensor bitmap, int rows) -> Tensor")
+torch.library.define(
+    "flash_llm::linear_at", "(Tensor x, Tensor? bias, Tensor bitmap, int rows, *, bool relu=False) -> Tensor"
+)
+LINEAR_AT = torch.ops.flash_llm.linear_at.default
 
 
 @torch.library.impl("flash_llm::linear_at", "CompositeExplicitAutograd")
-def _linear_at(x: Tensor, bias: Tensor | None, bitmap: Tensor, rows: int) -> Tensor:
+def _linear_at(x: Tensor, bias: Tensor | None, bitmap: Tensor, rows: int, *, relu: bool = False) -> Tensor:
     weight = _weights.get(bitmap.data_ptr())
     if weight is None or weight.shape[0] != rows:
         raise KernelError(
             f"no packed weight of {rows} rows has its bitmap at {bitmap.data_ptr():#x}: the model's weights were moved "
             f"after loading, which packed layers can't be; leave CPU offloading off"
         )
-    return ops.linear(x, weight, bias)
+    return ops.linear(x, weight, bias, relu)
 
 
 @torch.library.register_fake("flash_llm::linear_at")
-def _linear_at_fake(x: Tensor, bias: Tensor | None, bitmap: Tensor, rows: int) -> Tensor:
+def _linear_at_fake(x: Tensor, bias: Tensor | None, bitmap: Tensor, rows: int, *, relu: bool = False) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)

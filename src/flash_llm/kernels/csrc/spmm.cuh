@@ -11,7 +11,7 @@
 
 // Compiled with TILE_WORDS, N_BLOCKS (of 8 rows of X), CHUNK_WORDS (columns of X that are streamed at a time, in words),
 // RAGGED (words of a strip's last tile, or 0 if it is whole), PACKETS_AHEAD and LIKELY_FULL (see Packets), EARLY (see
-// Weights), WARPS, BF16 and VALUES (see values.cuh).
+// Weights), LOAD_AFTER (the same), WARPS, BF16 and VALUES (see values.cuh).
 struct SpmmParams {
   const uint32_t* bitmap;
   const uint4* packets;
@@ -27,8 +27,10 @@ struct SpmmParams {
   int rows, columns, n;
   int strips, words, tiles;  // words and tiles of a strip
   int row_blocks;
-  int share, larger, late;   // units of a block: `larger` blocks have one more, those from block `late` on one less
+  int share, larger, late;   // of a block: `larger` blocks have one more, those from block `late` on one less
+  int units, whole;          // all, and those before a last row block that counts two thirds, where it has few rows
   int column_bytes;          // shared memory of a warp
+  float least;               // what results are raised to: 0, or minus infinity
 };
 
 constexpr int THREADS = WARPS * LANES;  // that multiply
@@ -91,11 +93,10 @@ DEVICE void prefetch_bitmaps(const SpmmParams& p, int strip, int tile, int lane)
     prefetch_line(p.bitmap + ((long long)strip * p.words + word) * LANES);
 }
 
+// A warp's weights: the tile that is multiplied, and what is under way of the two after it.
+//
 // The packets of the next tile are asked for after word LOAD_AFTER of this one: then the bitmaps that say where they are
 // have had some time to come, and most of the tile is left for the packets.
-constexpr int LOAD_AFTER = TILE_WORDS / 8;
-
-// A warp's weights: the tile that is multiplied, and what is under way of the two after it.
 //
 // What is loaded is waited for together: by storing a tile's packets, and by a wait for shared memory, too, which decoding
 // has many of. So of the first words nothing is asked for before the packets are; and with EARLY all that is asked for
@@ -170,14 +171,18 @@ struct Weights {
 };
 
 // A block's units begin here. The first blocks have a unit more than the others, and the late ones perhaps a unit less.
+// From unit `whole` on three count as two, but with wide X or X8, which have no register left for that.
+constexpr bool SOME_COUNT_LESS = N_BLOCKS <= 8 && !X8;
 DEVICE int first_unit(const SpmmParams& p, int block) {
-  return block * p.share + min(block, p.larger) - max(0, block - p.late);
+  const int counted = block * p.share + min(block, p.larger) - max(0, block - p.late);
+  return !SOME_COUNT_LESS || counted <= p.whole ? counted : min(p.units, p.whole + (counted - p.whole) * 3 / 2);
 }
 DEVICE int block_of_unit(const SpmmParams& p, int unit) {
+  const int counted = !SOME_COUNT_LESS || unit < p.whole ? unit : p.whole + ((unit - p.whole) * 2 + 1) / 3;
   const int of_larger = p.larger * (p.share + 1), before_late = p.late * p.share + p.larger;
-  if (unit < of_larger) return unit / (p.share + 1);
-  if (unit < before_late) return p.larger + (unit - of_larger) / p.share;
-  return p.late + (unit - before_late) / max(1, p.share - 1);
+  if (counted < of_larger) return counted / (p.share + 1);
+  if (counted < before_late) return p.larger + (counted - of_larger) / p.share;
+  return p.late + (counted - before_late) / max(1, p.share - 1);
 }
 
 DEVICE void clear(float (&sum)[N_BLOCKS][4]) {
@@ -199,7 +204,7 @@ struct RowTerms {
   }
 };
 
-// Applies scales and bias, rounds and writes a strip's 16 rows, for N_TILE rows of X from `first` on.
+// Applies scales and bias, raises to the least, rounds and writes a strip's 16 rows, for N_TILE rows of X from `first` on.
 DEVICE void write_strip(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], const RowTerms& terms, int strip, int first,
                         int lane) {
 #pragma unroll
@@ -211,7 +216,9 @@ DEVICE void write_strip(const SpmmParams& p, const float (&sum)[N_BLOCKS][4], co
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int n = first + j * 8 + (lane & 3) * 2 + e;
-        if (n < p.n) p.y[(long long)n * p.rows + row] = round_value(sum[j][2 * h + e] * terms.scale[h] + terms.bias[h]);
+        if (n >= p.n) continue;
+        const float result = sum[j][2 * h + e] * terms.scale[h] + terms.bias[h];
+        p.y[(long long)n * p.rows + row] = round_value(maximum(result, p.least));
       }
     }
   }

@@ -29,20 +29,26 @@ struct Ring {
   uint32_t stages, full, empty, all_scales;
   int place, parity;
 
-  DEVICE void advance() {
-    if (++place == STAGES) {
+  DEVICE void advance(int pieces = 1) {
+    if ((place += pieces) == STAGES) {
       place = 0;
       parity ^= 1;
     }
   }
   DEVICE uint32_t piece() const { return stages + place * X_STAGE; }
-  DEVICE uint32_t scales() const { return all_scales + place * X_SCALES; }  // with the last piece of a tile
-  DEVICE void wait() const { barrier_wait(full + place * 8, parity); }
+  DEVICE uint32_t scales(int ahead) const { return all_scales + (place + ahead) * X_SCALES; }  // with a tile's last piece
+  DEVICE void wait(int ahead) const { barrier_wait(full + (place + ahead) * 8, parity); }
   // Says that this warp is done with the piece before. `zero` is added to the address: it carries a dependency.
-  DEVICE void release_before(uint32_t zero) const {
-    barrier_arrive(empty + (place == 0 ? STAGES - 1 : place - 1) * 8 + zero);
+  DEVICE void release_before(int ahead, uint32_t zero) const {
+    const int before = place == 0 ? STAGES - 1 : place - 1;
+    barrier_arrive(empty + (ahead > 0 ? place + ahead - 1 : before) * 8 + zero);
   }
 };
+
+// Where the ring holds whole tiles, it goes on by a tile at a time, and a tile's pieces are so many places ahead: what is
+// reckoned with is known when the kernel is compiled, but for the tile's place.
+constexpr int ADVANCED = STAGES % CHUNKS == 0 ? CHUNKS : 1;
+DEVICE constexpr int ahead(int chunk) { return ADVANCED == 1 ? 0 : chunk; }
 
 DEVICE const float* x_scales(const SpmmParams& p, int tile, int n) {
   return p.x_scales + (long long)tile * ((p.n + N_TILE - 1) / N_TILE * N_TILE) + n;
@@ -59,7 +65,7 @@ DEVICE void fetch_x(const Params& p, Ring ring, int job, int tile, int units) {
       barrier_wait_asleep(ring.empty + ring.place * 8, ring.parity ^ 1);
       const bool scales = X8 && part == CHUNKS - 1;
       barrier_expect(full, words * X_WORD + (scales ? X_SCALES : 0));
-      if (scales) copy_bytes(ring.scales(), x_scales(p.spmm, tile, n), X_SCALES, full);
+      if (scales) copy_bytes(ring.scales(0), x_scales(p.spmm, tile, n), X_SCALES, full);
       for (int i = 0; i < words; ++i)
         copy_box(ring.piece() + i * X_WORD, &p.x, first + i * WORD_COLUMNS, n * (1 + X8), full);
       ring.advance();
@@ -82,19 +88,19 @@ struct Multiplier {
   Sum8 raw[2 * N_BLOCKS][4];
 
   DEVICE void begin_job(float (&sum)[N_BLOCKS][4]) const { clear(sum); }
-  DEVICE void begin_piece(const Ring& ring) { x = swizzled_descriptor<64>(ring.piece()); }
-  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[GROUP][8], int i, bool first_of_tile,
+  DEVICE void begin_pieces(const Ring& ring) { x = swizzled_descriptor<64>(ring.piece()); }
+  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[GROUP][8], int place, bool first_of_tile,
                        bool first_of_job) {
     if (first_of_tile && !first_of_job) fold(sum);
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < 2 * GROUP; ++s)
-      wgmma8(raw, a[s / 2] + s % 2 * 4, x + (((i + s / 2) * X_WORD + s % 2 * 32) >> 4), s > 0 || !first_of_tile);
+      wgmma8(raw, a[s / 2] + s % 2 * 4, x + ((place + s / 2 * X_WORD + s % 2 * 32) >> 4), s > 0 || !first_of_tile);
     wgmma_commit();
     wgmma_wait<1>();
   }
   DEVICE void finish_tile(const Ring& ring) {
-    scales = ring.scales() + (threadIdx.x & 3) * 8;
+    scales = ring.scales(ahead(CHUNKS - 1)) + (threadIdx.x & 3) * 8;
     if constexpr (TILE_WORDS / GROUP % 2 == 1) wgmma_wait<0>();  // as below
   }
   DEVICE void finish_job(float (&sum)[N_BLOCKS][4]) const { fold(sum); }
@@ -125,11 +131,11 @@ struct Multiplier {
     if constexpr (TILE_WORDS % 2 == 1) wgmma_wait<0>();
   }
   DEVICE void finish_job(float (&)[N_BLOCKS][4]) const { wgmma_wait<0>(); }
-  DEVICE void begin_piece(const Ring& ring) { x = swizzled_descriptor<128>(ring.piece()); }
-  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[GROUP][16], int i, bool, bool anew) const {
+  DEVICE void begin_pieces(const Ring& ring) { x = swizzled_descriptor<128>(ring.piece()); }
+  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[GROUP][16], int place, bool, bool anew) const {
     wgmma_fence();
 #pragma unroll
-    for (int s = 0; s < 4; ++s) wgmma(sum, a[0] + 4 * s, x + ((i * X_WORD + s * 32) >> 4), s > 0 || !anew);
+    for (int s = 0; s < 4; ++s) wgmma(sum, a[0] + 4 * s, x + ((place + s * 32) >> 4), s > 0 || !anew);
     wgmma_commit();
     wgmma_wait<1>();
   }
@@ -145,7 +151,7 @@ struct Multiplier {
   DEVICE void finish_job(float (&)[N_BLOCKS][4]) const {}
   // ldmatrix: lanes 0-7 give the rows of the first 8x8 matrix, and so on. One block of n: its four matrices are four
   // pieces of 8 columns; more: two pieces of columns for each of two blocks of n. Swizzled: piece ^ row.
-  DEVICE void begin_piece(const Ring& ring) {
+  DEVICE void begin_pieces(const Ring& ring) {
     const uint32_t piece = ring.piece();
     const int lane = threadIdx.x & 31;
     const int row = N_BLOCKS == 1 ? lane & 7 : (lane & 7) + (lane >> 4) * 8;
@@ -153,17 +159,17 @@ struct Multiplier {
 #pragma unroll
     for (int i = 0; i < LOADS; ++i) x[i] = piece + row * 128 + (((column + i * (8 / LOADS)) ^ (lane & 7)) << 4);
   }
-  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[GROUP][16], int i, bool, bool) const {
+  DEVICE void multiply(float (&sum)[N_BLOCKS][4], const uint32_t (&a)[GROUP][16], int place, bool, bool) const {
     uint32_t b[4];
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       if constexpr (N_BLOCKS == 1) {
-        if (s % 2 == 0) load_matrices(b, x[s / 2] + i * X_WORD);
+        if (s % 2 == 0) load_matrices(b, x[s / 2] + place);
         mma_m16n8k16(sum[0], a[0] + 4 * s, b[s % 2 * 2], b[s % 2 * 2 + 1]);
       } else {
 #pragma unroll
         for (int j = 0; j < N_BLOCKS; j += 2) {
-          load_matrices(b, x[s] + i * X_WORD + j * 1024);
+          load_matrices(b, x[s] + place + j * 1024);
           mma_m16n8k16(sum[j], a[0] + 4 * s, b[0], b[1]);
           mma_m16n8k16(sum[j + 1], a[0] + 4 * s, b[2], b[3]);
         }
@@ -172,6 +178,13 @@ struct Multiplier {
   }
 };
 #endif
+
+// Whether a warp has no rows in the last job, nor have those that it multiplies together with. Else it multiplies by what it
+// finds there.
+DEVICE bool idle(const SpmmParams& p, int job, int warp) {
+  if constexpr (!SOME_COUNT_LESS) return false;
+  return p.n <= N_TILE && job * WARPS + (WGMMA ? warp & ~3 : warp) >= p.strips;
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) spmm(const __grid_constant__ Params params) {
   extern __shared__ uint8_t memory[];
@@ -186,6 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
   if (warp < WARPS) prefetch_bitmaps(p, Job(p, job).row_block * WARPS + warp, tile, lane);
 
   const uint32_t stages = (shared_address(memory) + RING_ALIGN - 1) & ~(RING_ALIGN - 1u);
+  static_assert(2 * STAGES * 8 <= 128, "there is room for so many barriers");
   const uint32_t full = stages + STAGES * X_STAGE;
   Ring ring{stages, full, full + STAGES * 8, full + 128, 0, 0};
   if (threadIdx.x < 2 * STAGES) barrier_init(full + threadIdx.x * 8, threadIdx.x < STAGES ? 1 : WARPS);
@@ -215,14 +229,23 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
 
   for (int unit = begin; unit < end; ++job) {
     const int first = unit, last = min(end, (job + 1) * p.tiles);
+    if (idle(p, job, warp)) {  // only says that it is done with each piece
+      for (int piece = 0; piece < (last - first) * CHUNKS; ++piece) {
+        const int c = ahead(piece % CHUNKS);
+        ring.wait(c);
+        if (lane == 0 && (piece > 0 || first > begin)) ring.release_before(c, products_done);
+        if (ADVANCED == 1 || c == CHUNKS - 1) ring.advance(ADVANCED);
+      }
+      return;
+    }
     multiplier.begin_job(sum);
     for (; unit < last; ++unit) {
       weights.begin_tile(p, base, lane);
       uint32_t column = base;
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) {
-        ring.wait();
-        multiplier.begin_piece(ring);
+        ring.wait(ahead(c));
+        if (ahead(c) == 0) multiplier.begin_pieces(ring);
 #pragma unroll
         for (int i = 0; i < CHUNK_WORDS; ++i) {
           const int w = c * CHUNK_WORDS + i;
@@ -231,17 +254,18 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
               uint32_t a[GROUP][A_WORD];
 #pragma unroll
               for (int g = 0; g < GROUP; ++g) expand_word(a[g], weights.words[w + g], column);
-              multiplier.multiply(sum, a, i, w == 0, w == 0 && unit == first);
+              const int place = ahead(c) * X_STAGE + i * X_WORD;
+              multiplier.multiply(sum, a, place, w == 0, w == 0 && unit == first);
             }
             // Only now are all products of the piece before this one done.
             if (i == 0 && lane == 0 && (c > 0 || unit > begin))
-              ring.release_before(X8 ? __float_as_uint(sum[N_BLOCKS - 1][3]) & never : products_done);
+              ring.release_before(ahead(c), X8 ? __float_as_uint(sum[N_BLOCKS - 1][3]) & never : products_done);
             weights.load_ahead(p, w, lane);
           }
         }
         if (c == CHUNKS - 1) multiplier.finish_tile(ring);
         products_done = __float_as_uint(sum[N_BLOCKS - 1][0]) & never;
-        ring.advance();
+        if (ADVANCED == 1 || c == CHUNKS - 1) ring.advance(ADVANCED);
       }
     }
     multiplier.finish_job(sum);
