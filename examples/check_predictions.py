@@ -31,8 +31,10 @@ from flash_llm.files import write_json
 from flash_llm.tensor import ValueKind
 
 SPARSE_MODELS = (
+    "opt-30b-80-h100",
     "opt-30b-h100",
     "opt-30b-second-h100",
+    "opt-30b-50-h100",
     "opt-30b-before-h100",
     "opt-66b-h100",
     "opt-66b-one-h100",
@@ -41,7 +43,12 @@ SPARSE_MODELS = (
     "llama-3-8b-1024-h100",
     "llama-3-70b-h100",
 )
-SETTLED_MODELS = ("opt-66b-one-h100", "llama-3-8b-1024-h100")  # whose packed weights lie in memory of their own size
+SETTLED_MODELS = (  # whose packed weights lie in memory of their own size
+    "opt-30b-80-h100",
+    "opt-30b-h100",
+    "opt-66b-one-h100",
+    "llama-3-8b-1024-h100",
+)
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 ASSUMED_MATRIX_SHARE = 0.7
 Row = dict[str, Any]

@@ -174,23 +174,37 @@ def test_a_process_is_ended_at_the_time_limit_and_keeps_its_rows(
     assert taken == [{"kind": "results", "batch": 8, "load_s": None, "load_gigabytes_a_second": None}]
 
 
+_NO_MEMORY = "ValueError: no memory for the KV cache"
+
+
 @pytest.mark.parametrize(
-    "script",
+    ("why", "script"),
     [
-        "print('loading'); raise ValueError('no memory for the KV cache')",
-        """print('loading')
+        (_NO_MEMORY, "print('loading'); raise ValueError('no memory for the KV cache')"),
+        (
+            _NO_MEMORY,
+            """print('loading')
 print('(EngineCore pid=7) ERROR 11-26 22:50:29 [core.py:1510] ValueError: no memory for the KV cache')
 raise RuntimeError('Engine core initialization failed. See root cause above.')""",
+        ),
+        (
+            "Fatal Python error: Segmentation fault",
+            """print('loading')
+print('(EngineCore pid=7) WARNING 11-26 22:50:29 [import_utils.py:408] ImportError: cannot import name _C')
+print('(EngineCore pid=7) Fatal Python error: Segmentation fault')
+print('    raise RuntimeError(')
+print('RuntimeError: Engine core initialization failed. See root cause above.')
+raise SystemExit(1)""",
+        ),
     ],
-    ids=["of its own", "of another process"],
+    ids=["of its own", "of another process", "of another process that crashed"],
 )
 def test_a_process_that_fails_gives_its_last_error(
-    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    why: str, script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = e2e.subprocess.Popen
     monkeypatch.setattr(e2e.subprocess, "Popen", lambda command, **o: real([command[0], "-c", script], **o))
-    why = e2e.run_worker(settings(), "0.8", tmp_path, tmp_path, math.inf, lambda line: None)
-    assert why == "ValueError: no memory for the KV cache"
+    assert e2e.run_worker(settings(), "0.8", tmp_path, tmp_path, math.inf, lambda line: None) == why
     assert "loading" in (tmp_path / "e2e-0.8.log").read_text()
 
 

@@ -175,7 +175,13 @@ def test_published_means_follow_from_their_results(path: Path) -> None:
     "names",
     [
         ("kernels-h100",),
-        ("e2e-opt-30b-h100", "e2e-opt-30b-second-h100", "e2e-opt-30b-before-h100"),
+        (
+            "e2e-opt-30b-80-h100",
+            "e2e-opt-30b-h100",
+            "e2e-opt-30b-second-h100",
+            "e2e-opt-30b-50-h100",
+            "e2e-opt-30b-before-h100",
+        ),
         ("e2e-opt-66b-h100", "e2e-opt-66b-one-h100"),
         ("e2e-llama-3-8b-h100", "e2e-llama-3-8b-int4-h100"),
         ("e2e-llama-3-8b-1024-h100",),

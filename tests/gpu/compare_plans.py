@@ -5,8 +5,9 @@
 
 Beside dense, the usual plan and one more for each variant: a list of changes with commas between them. ``warps``,
 ``resident`` and ``n_blocks`` of ``plan.spmm_plan``; ``tile_words`` of the packed weight; ``blocks`` that the work is
-dealt out to; a constant of plan.py (``_NAME=1``); or what the kernel is compiled with (``define:NAME=1``). A ``=``
-behind a time says that this plan was timed already, ``wrong`` that its result is.
+dealt out to; ``pieces`` of X on Hopper, words and how many of them the ring holds (``pieces=4x2``); a constant of
+plan.py (``_NAME=1``); or what the kernel is compiled with (``define:NAME=1``). A ``=`` behind a time says that this
+plan was timed already, ``wrong`` that its result is.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Variant:
 
     tile_words: int | None = None
     blocks: int | None = None
+    pieces: tuple[int, int] | None = None
     arguments: dict[str, int] = field(default_factory=dict)
     constants: dict[str, float] = field(default_factory=dict)
     defines: dict[str, int] = field(default_factory=dict)
@@ -49,6 +51,9 @@ class Variant:
                 made.arguments[name] = int(value)
             elif name in ("tile_words", "blocks"):
                 setattr(made, name, int(value))
+            elif name == "pieces":
+                words, _, stages = value.partition("x")
+                made.pieces = int(words), int(stages)
             elif name.startswith("define:"):
                 made.defines[name.removeprefix("define:")] = int(value)
             elif isinstance(getattr(plan, name, None), (int, float)):
@@ -64,12 +69,26 @@ class Variant:
         device = cuda.device_properties(weight.device.index)
         with patch.dict(vars(plan), self.constants):
             made = plan.spmm_plan(device, *sizes, values=weight.kind, **self.arguments)  # type: ignore[arg-type]
+        if self.pieces is not None:
+            made = with_pieces(made, *self.pieces)
         if made.shared > device.shared_memory:
             raise ValueError(f"{made.shared} bytes of shared memory")
         if self.blocks is not None:
-            larger, late = plan._uneven_shares(made.units, self.blocks)
+            larger, late = plan._uneven_shares(made.counted, self.blocks)
             made = replace(made, blocks=self.blocks, larger=larger, late=late)
         return replace(made, defines=tuple(sorted((dict(made.defines) | self.defines).items())))
+
+
+def with_pieces(made: plan.SpmmPlan, words: int, stages: int) -> plan.SpmmPlan:
+    """A plan for Hopper with another ring."""
+    defines = dict(made.defines)
+
+    def ring(words: int, stages: int) -> int:
+        return stages * plan._stage(defines["N_BLOCKS"], words, True, bool(defines["X8"]))
+
+    shared = made.shared - ring(defines["CHUNK_WORDS"], defines["STAGES"]) + ring(words, stages)
+    defines |= {"CHUNK_WORDS": words, "STAGES": stages}
+    return replace(made, defines=tuple(sorted(defines.items())), shared=shared)
 
 
 @dataclass

@@ -104,6 +104,18 @@ def edit(folder: Path, **changes: Any) -> None:
         accept_config(folder)
 
 
+def test_graphs_are_changed_only_where_nobody_else_changes_them() -> None:
+    from flash_llm.integrations.vllm.passes import add_passes, fold_relu
+
+    config: dict[str, Any] = {}
+    add_passes(config, "place")
+    assert config["place"].callable is fold_relu
+    assert config["place"].uuid() == type(config["place"])(fold_relu).uuid(), "for vLLM's cache of compiled graphs"
+    taken = {"place": (other := object())}
+    add_passes(taken, "place")
+    assert taken["place"] is other
+
+
 def test_what_cannot_be_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
     dense = dense_folder(tmp_path / "dense", "llama")
     newer = compressed_folder(tmp_path / "newer", dense)

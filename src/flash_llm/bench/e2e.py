@@ -65,8 +65,13 @@ _INT4 = {  # what vLLM runs with its Machete kernel on Hopper: groups of 128 wei
 _POLL_S = 1.0
 _GRACE_S = 15.0
 _LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*(ERROR [\d-]+ [\d:]+ \[[^\]]*\])?")  # of a process of the engine
-_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-"""Of the process that is measured, unless the caller's own says otherwise. The last: functions are sent to workers."""
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions are sent to workers
+    "PYTHONFAULTHANDLER": "1",  # a process that crashes says where
+}
+"""Of the process that is measured, unless the caller's own says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +340,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _last_error(log: Path) -> str:
     """The last line of a log that looks like an error's, and doesn't only say that another process has told more."""
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    telling = [line for line in lines if "Error" in line or "error:" in line.lower()]
+    wrong = [line for line in lines if "Error" in line or "error:" in line.lower()]
+    telling = [line for line in wrong if not (line.lstrip().startswith("raise ") or " WARNING " in line)]
     causes = [line for line in telling if "root cause above" not in line]
     found = _LOG_PREFIX.sub("", (causes or telling or lines or ["it ended without a word"])[-1])
     return " ".join(found.split())[-400:]

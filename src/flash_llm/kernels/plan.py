@@ -9,7 +9,7 @@ from flash_llm.tensor.layout import LANES, STRIP_ROWS, WORD_COLUMNS, ValueKind, 
 
 _PASS_BYTES = 24 << 20  # of x, which all of the weight passes by: so much stays in the L2 cache of an H100
 _UNPACK_FROM = {True: 2048, False: 257}  # rows of x; Hopper or not
-_WORKSPACE_BYTES = 256 << 20  # that an expanded weight takes at a time: memory that the KV cache could have
+_WORKSPACE_BYTES = 448 << 20  # that an expanded weight takes at a time: memory that the KV cache could have
 _WORKSPACE_ROWS = 1024  # at least so many rows together, or multiplying them is slow
 _UNPACK_WARPS = 8
 _UNPACK_STAGE = STRIP_ROWS * (2 * WORD_COLUMNS + 16)  # bytes of a warp, besides its columns

@@ -11,7 +11,7 @@ from flash_llm.integrations.vllm.operator import LINEAR_AT
 
 
 def fold_relu(graph: fx.Graph) -> None:
-    """Lets a packed layer's kernel do the ReLU that follows it, as in OPT: a kernel less a layer, and 3 us of a step."""
+    """Lets a packed layer's kernel do the ReLU that follows it, as in OPT: a kernel less for each layer and step."""
     for relu in graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
         product = relu.args[0]
         if product.target is not LINEAR_AT or len(product.users) > 1:
