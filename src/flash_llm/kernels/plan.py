@@ -35,7 +35,7 @@ _PIECES = {  # by blocks of n and words of a tile: words of a piece of X, and st
     (4, 8): (4, 2),
     (4, 10): (4, 3),
     (4, 12): (4, 3),
-    (4, 16): (4, 3),
+    (4, 16): (4, 4),
     (8, 4): (2, 4),
     (8, 6): (2, 3),
     (8, 8): (4, 2),
