@@ -115,13 +115,43 @@ def test_a_last_row_block_with_few_rows_is_dealt_out_in_larger_shares(
     weight = (rows, columns, 7 * strips * tiles * LANES, 9, 8)
     chosen = plan.spmm_plan(DEVICES["H100"], *weight, 64, False, n_blocks=8, warps=12, resident=1)
     check_dealing(chosen, place)
-    edges = [first_unit(chosen, block) for block in range(chosen.blocks + 1)]
+    edges = edges_of(chosen)
     most = max(min(end, chosen.whole) - begin for begin, end in pairwise(edges) if begin < chosen.whole)
     assert most <= -(-chosen.counted // chosen.blocks) <= -(-chosen.units // chosen.blocks)
 
 
+def test_only_sparse_weights_have_lighter_row_blocks() -> None:
+    """7168 rows are 37 row blocks and a third: 16 tiles a block in place of 17, at 80 % zeros."""
+    strips, _, tiles = grid(7168, 28672, 8)
+    at_80, at_60 = (
+        plan.spmm_plan(DEVICES["H100"], 7168, 28672, packets * strips * tiles * LANES, 14, 8, 64, False)
+        for packets in (7, 13)
+    )
+    assert (at_80.units, at_80.whole) == (38 * tiles, 37 * tiles)
+    assert at_60.whole == at_60.units
+    longest = {
+        chosen: max(b - a for a, b in pairwise(edges_of(chosen)) if b <= chosen.whole) for chosen in (at_80, at_60)
+    }
+    assert (longest[at_80], longest[at_60]) == (16, 17)
+
+
+@pytest.mark.parametrize("tile_words", TILE_WORDS)
+@pytest.mark.parametrize("n", [8, 16, 32, 48, 64, 96, 128, 256])
+def test_rings_hold_whole_tiles_where_they_can(tile_words: int, n: int) -> None:
+    strips, _, tiles = grid(28672, 7168, tile_words)
+    chosen = plan.spmm_plan(DEVICES["H100"], 28672, 7168, 5 * strips * tiles * LANES, 7, tile_words, n, False)
+    defines = dict(chosen.defines)
+    pieces = -(-tile_words // defines["CHUNK_WORDS"])
+    assert 2 <= defines["STAGES"] <= 8
+    assert defines["STAGES"] % pieces == 0 or defines["STAGES"] - defines["STAGES"] % pieces < plan._LEAST_STAGES
+
+
+def edges_of(chosen: plan.SpmmPlan) -> list[int]:
+    return [first_unit(chosen, block) for block in range(chosen.blocks + 1)]
+
+
 def check_dealing(chosen: plan.SpmmPlan, place: float) -> None:
-    edges = [first_unit(chosen, block) for block in range(chosen.blocks + 1)]
+    edges = edges_of(chosen)
     assert (edges[0], edges[-1]) == (0, chosen.units)
     assert all(begin < end for begin, end in pairwise(edges)), "every block has work"
     unit = min(int(place * chosen.units), chosen.units - 1)

@@ -293,8 +293,8 @@ def _pieces(
 
     def stages(words: int, ring_bytes: int, least: int) -> int:
         found = max(least, min(_MOST_STAGES, ring_bytes // _stage(n_blocks, words, True, x8)))
-        pieces = ceil_div(tile_words, words)
-        return found - found % pieces if found > pieces else found
+        whole_tiles = found - found % ceil_div(tile_words, words)
+        return whole_tiles if whole_tiles >= _LEAST_STAGES else found
 
     if n_blocks > 8:
         pair = chunk(tile_words, 2)
