@@ -11,16 +11,15 @@ The model is a name that ``flash-llm plan`` knows, or a folder with a config.jso
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from flash_llm.capacity.models import BUILT_IN
+from flash_llm.folder import ShardWriter, new_folder
 
 SHARD_BYTES = 4 << 30
 SCALE = 0.02  # of the weights, as models are initialised
@@ -54,18 +53,13 @@ def write(config: PreTrainedConfig, out: Path, sparsity: float) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
     config.architectures = [type(model).__name__]
-    config.save_pretrained(out)
-    where, shard, total = {}, {}, 0
-    for name, tensor in random_tensors(model, sparsity):
-        if sum(map(nbytes, shard.values())) + nbytes(tensor) > SHARD_BYTES:
-            save(shard, out, where)
-            shard = {}
-        shard[name] = tensor
-        total += nbytes(tensor)
-    save(shard, out, where)
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    print(f"{total * 1e-9:.2f} GB in {len(set(where.values()))} files")
+    with new_folder(out, sum(parameter.nbytes for parameter in model.parameters())) as folder:
+        config.save_pretrained(folder)
+        writer = ShardWriter(folder, SHARD_BYTES)
+        for name, tensor in random_tensors(model, sparsity):
+            writer.add(name, tensor)
+        writer.close()
+    print(f"{writer.nbytes * 1e-9:.2f} GB")
 
 
 def random_tensors(model: nn.Module, sparsity: float) -> Iterator[tuple[str, Tensor]]:
@@ -86,16 +80,6 @@ def random_tensors(model: nn.Module, sparsity: float) -> Iterator[tuple[str, Ten
         elif parameter.dim() == 1 and name.endswith("weight"):
             tensor += 1  # of a norm
         yield name, tensor.cpu()
-
-
-def nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def save(shard: dict[str, Tensor], out: Path, where: dict[str, str]) -> None:
-    file = f"model-{len(set(where.values())) + 1:05d}.safetensors"
-    save_file(shard, out / file, metadata={"format": "pt"})
-    where.update(dict.fromkeys(shard, file))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from devices import DEVICES
 from flash_llm.cli import app
 from flash_llm.errors import KernelError
 from flash_llm.kernels import build, cuda, plan, tuned
-from flash_llm.tensor.layout import LANES, PACKET_VALUES
+from flash_llm.tensor.layout import LANES, PACKET_VALUES, grid
 
 H100 = DEVICES["H100"]
 WEIGHT = (4096, 4096, 4096 * 4096 * 3 // 10 // PACKET_VALUES, 10, 5)
@@ -82,6 +82,14 @@ def test_all_candidates_fit_and_multiply_the_same_x(name: str, n: int) -> None:
         assert chosen.threads <= 1024
     assert len({(chosen.source, tuned.blocks_of_x(chosen)) for chosen in found.values()}) == 1
     assert name != "H100" or len(found) > 1, "there is something to choose from"
+
+
+def test_rings_of_two_pieces_leave_a_choice() -> None:
+    rows, columns, *_ = WEIGHT
+    strips, _, tiles = grid(rows, columns, 8)
+    found = tuned.candidates(H100, (rows, columns, 7 * strips * tiles * LANES, 9, 8), 64, False)
+    assert dict(found[12, 1].defines)["STAGES"] == 2
+    assert found.keys() >= {(4, 1), (4, 2), (8, 1), (12, 1)}
 
 
 def test_what_is_kept_is_used_at_once_and_in_the_next_process(gpu: Path) -> None:

@@ -119,7 +119,7 @@ class SpmmPlan:
     @property
     def counted(self) -> int:
         """Units as they are dealt out."""
-        return self.whole + _as_light(self.units - self.whole)
+        return _counted(self.units, self.whole)
 
     @functools.cached_property
     def splits_x(self) -> bool:
@@ -170,7 +170,7 @@ def spmm_plan(
     if block.wide:
         blocks, _ = _wide_shares(jobs, blocks, words, block.n_blocks)
     whole = _whole_units(block, strips, tiles, jobs, blocks, density)
-    larger, late = _uneven_shares(whole + _as_light(units - whole), blocks)
+    larger, late = _uneven_shares(_counted(units, whole), blocks)
     defines = {
         "TILE_WORDS": tile_words,
         "RAGGED": words % tile_words,
@@ -296,18 +296,18 @@ def _pieces(
         whole_tiles = found - found % ceil_div(tile_words, words)
         return whole_tiles if whole_tiles >= _LEAST_STAGES else found
 
+    room = _room(device) - columns
     if n_blocks > 8:
         pair = chunk(tile_words, 2)
-        if n_blocks <= _PAIRS[0] and stages(pair, _room(device) - columns, 0) >= _PAIRS[1]:
-            return pair, stages(pair, _room(device) - columns, 0)
-        return 1, stages(1, _room(device) - columns, 0)
+        pairs = stages(pair, room, 0)
+        return (pair, pairs) if n_blocks <= _PAIRS[0] and pairs >= _PAIRS[1] else (1, stages(1, room, 0))
     if x8:
         words = 8 if (n_blocks, tile_words, warps) == (1, 8, 16) else chunk(tile_words, _X8_CHUNK_WORDS[n_blocks])
-        return words, stages(words, min(_RING_BYTES[resident], _room(device) - columns), _LEAST_STAGES)
+        return words, stages(words, min(_RING_BYTES[resident], room), _LEAST_STAGES)
     if (n_blocks, tile_words) in _PIECES:
         words, found = _PIECES[n_blocks, tile_words]
-        a_block = found * _stage(n_blocks, words, True, x8) + columns + _RING_EXTRA + _STATIC_BYTES + _RESERVED
-        if resident * a_block <= device.shared_memory + _RESERVED:
+        ring = found * _stage(n_blocks, words, True, x8) + _RING_EXTRA
+        if fit_together(device, ring + columns, resident):
             return words, found
     words = chunk(tile_words, _CHUNK_WORDS[True][n_blocks])
     return words, stages(words, _RING_BYTES[resident], _LEAST_STAGES)
@@ -444,7 +444,7 @@ def _n_blocks(device: Device, rows: int, columns: int, n: int, column_bytes: int
     wide = [
         blocks
         for blocks in (32, 28, 24, 20, 16, 14, 12, 10)
-        if _wide_stages(device, blocks * 8 * WORD_COLUMNS * 2, _WIDE_WARPS * column_bytes) >= _LEAST_STAGES
+        if (_room(device) - _WIDE_WARPS * column_bytes) // _stage(blocks, 1, True, False) >= _LEAST_STAGES
         and _wide_held(multiplying_registers(_WIDE_WARPS, 1), blocks, tile_words) > 0
     ]
     return min(wide, key=cycles, default=narrow)
@@ -484,23 +484,23 @@ def _whole_units(block: _Block, strips: int, tiles: int, jobs: int, blocks: int,
     """The units before those that count as two thirds, or all.
 
     Where a third of the last row block's warps at most have rows, its tiles are soon over, and the blocks that have
-    them take half as many more if that spares all others one: 3 to 5 % of the time at 7168 x 28672 and 80 % zeros. That
+    them take half as many more if that spares all others one: 4 to 5 % of the time at 7168 x 28672 and 80 % zeros. That
     is so where decoding is the limit. With many nonzeros, such a tile takes hardly less time than any other.
     """
     units = jobs * tiles
     with_rows = strips % block.warps
     few = 0 < 3 * ceil_div(with_rows, 4) * 4 <= block.warps < strips
-    if block.x8 or not (block.hopper and few and block.n_blocks in _LIGHT_BLOCKS and density <= _LIGHT_DENSITY):
+    decoding_is_the_limit = block.n_blocks in _LIGHT_BLOCKS and density <= _LIGHT_DENSITY
+    last = jobs * block.warps < strips + block.warps  # no more rows of x are multiplied after it
+    if not (block.hopper and not block.x8 and few and decoding_is_the_limit and last and units >= 4 * blocks):
         return units
-    if units < 4 * blocks or jobs * block.warps >= strips + block.warps:  # or more rows of x are multiplied after it
-        return units
-    lighter = units - tiles + _as_light(tiles)
-    return units - tiles if ceil_div(lighter, blocks) < ceil_div(units, blocks) else units
+    whole = units - tiles
+    return whole if ceil_div(_counted(units, whole), blocks) < ceil_div(units, blocks) else units
 
 
-def _as_light(units: int) -> int:
-    """What units of a last row block with few rows count."""
-    return ceil_div(2 * units, 3)
+def _counted(units: int, whole: int) -> int:
+    """Units as they are dealt out, if those after the first ``whole`` count two thirds."""
+    return whole + ceil_div(2 * (units - whole), 3)
 
 
 def _wide_held(registers: int, n_blocks: int, tile_words: int) -> int:
@@ -508,9 +508,9 @@ def _wide_held(registers: int, n_blocks: int, tile_words: int) -> int:
     return (registers - 4 * n_blocks - 32 - 2 * tile_words - tile_words * 3 // 4 - _WIDE_ADDRESSES) // 4
 
 
-def _wide_stages(device: Device, stage: int, columns: int) -> int:
-    """Pieces of x that fit into shared memory beside the warps' columns."""
-    return min(_MOST_STAGES, (_room(device) - columns) // stage)
+def fit_together(device: Device, shared: int, resident: int) -> bool:
+    """Whether a multiprocessor has shared memory for ``resident`` blocks of ``shared`` bytes each."""
+    return resident * (shared + _STATIC_BYTES + _RESERVED) <= device.shared_memory + _RESERVED
 
 
 def _room(device: Device) -> int:
@@ -567,8 +567,7 @@ def _x8_blocks(
     def fits(warps: int, resident: int) -> bool:
         if warps * resident == 16 and tile_words > (12 if n_blocks == 1 else 12 - 2 * resident):
             return False  # a thread's registers don't suffice
-        a_block = ring + warps * column_bytes + _STATIC_BYTES + _RESERVED
-        return resident * a_block <= device.shared_memory + _RESERVED
+        return fit_together(device, ring + warps * column_bytes, resident)
 
     stage = _stage(n_blocks, chunk(tile_words, _X8_CHUNK_WORDS[n_blocks]), True, True)
     ring = _LEAST_STAGES * stage + _RING_EXTRA

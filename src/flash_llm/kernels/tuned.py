@@ -34,7 +34,6 @@ Row = dict[str, Any]
 CHOICES: tuple[Choice, ...] = ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2), (12, 1), (16, 1))
 PLACE = ("rows", "columns", "tile_words", "n_blocks", "passes")
 _CHOICE = ("warps", "resident")
-_RESERVED = 1024  # bytes of shared memory that CUDA keeps of each block's
 _NARROW = 8  # blocks of x up to which registers are never short
 _OTHER_REGISTERS = 40  # than those for sums, without which the compiler refuses wide products
 
@@ -77,12 +76,14 @@ def choice_of(chosen: plan.SpmmPlan) -> Choice:
 
 def _fits(device: plan.Device, made: plan.SpmmPlan, resident: int) -> bool:
     """Whether ``resident`` blocks have room in shared memory, and each thread registers for its sums of wide x."""
-    a_block = made.shared + plan._STATIC_BYTES + _RESERVED
-    stages = dict(made.defines).get("STAGES", plan._LEAST_STAGES)
-    if resident * a_block > device.shared_memory + _RESERVED or stages < plan._LEAST_STAGES:
+    if not plan.fit_together(device, made.shared, resident):
         return False
+    if blocks_of_x(made) <= _NARROW:
+        return True
+    # Of wide x the ring has what the columns leave. (Narrow ones of two pieces were found quickest for some tiles.)
+    stages = dict(made.defines).get("STAGES", plan._LEAST_STAGES)
     registers = min(255, plan._REGISTERS // (made.threads * resident)) // 8 * 8
-    return blocks_of_x(made) <= _NARROW or registers >= 4 * blocks_of_x(made) + _OTHER_REGISTERS
+    return stages >= plan._LEAST_STAGES and registers >= 4 * blocks_of_x(made) + _OTHER_REGISTERS
 
 
 def path(device: int) -> Path:

@@ -24,6 +24,11 @@ constexpr int A_WORD = X8 ? 8 : 16;                 // A registers of a word
 constexpr int RING_ALIGN = 1024;                    // of a swizzled box
 constexpr int FETCH_THREADS = 128;                  // a warpgroup, since registers are dealt out by warpgroups
 
+// Where the ring holds whole tiles, it goes on by a tile at a time, and a tile's pieces are so many places ahead: what is
+// reckoned with is known when the kernel is compiled, but for the tile's place.
+constexpr bool HOLDS_TILES = STAGES % CHUNKS == 0;
+DEVICE constexpr int ahead(int chunk) { return HOLDS_TILES ? chunk : 0; }
+
 // The ring of pieces of X, as one warp sees it. Each place has two barriers: the piece is there; all are done with it.
 struct Ring {
   uint32_t stages, full, empty, all_scales;
@@ -36,19 +41,22 @@ struct Ring {
     }
   }
   DEVICE uint32_t piece() const { return stages + place * X_STAGE; }
-  DEVICE uint32_t scales(int ahead) const { return all_scales + (place + ahead) * X_SCALES; }  // with a tile's last piece
-  DEVICE void wait(int ahead) const { barrier_wait(full + (place + ahead) * 8, parity); }
+  DEVICE uint32_t scales(int places = 0) const { return all_scales + (place + places) * X_SCALES; }  // of a tile's last
+
+  // For warps that multiply, piece `chunk` of a tile after the other. First: waits until it is there.
+  DEVICE void wait(int chunk) const { barrier_wait(full + (place + ahead(chunk)) * 8, parity); }
   // Says that this warp is done with the piece before. `zero` is added to the address: it carries a dependency.
-  DEVICE void release_before(int ahead, uint32_t zero) const {
+  DEVICE void release_before(int chunk, uint32_t zero) const {
     const int before = place == 0 ? STAGES - 1 : place - 1;
-    barrier_arrive(empty + (ahead > 0 ? place + ahead - 1 : before) * 8 + zero);
+    barrier_arrive(empty + (ahead(chunk) > 0 ? place + ahead(chunk) - 1 : before) * 8 + zero);
+  }
+  DEVICE void go_on(int chunk) {
+    if (!HOLDS_TILES)
+      advance();
+    else if (chunk == CHUNKS - 1)
+      advance(CHUNKS);
   }
 };
-
-// Where the ring holds whole tiles, it goes on by a tile at a time, and a tile's pieces are so many places ahead: what is
-// reckoned with is known when the kernel is compiled, but for the tile's place.
-constexpr int ADVANCED = STAGES % CHUNKS == 0 ? CHUNKS : 1;
-DEVICE constexpr int ahead(int chunk) { return ADVANCED == 1 ? 0 : chunk; }
 
 DEVICE const float* x_scales(const SpmmParams& p, int tile, int n) {
   return p.x_scales + (long long)tile * ((p.n + N_TILE - 1) / N_TILE * N_TILE) + n;
@@ -65,7 +73,7 @@ DEVICE void fetch_x(const Params& p, Ring ring, int job, int tile, int units) {
       barrier_wait_asleep(ring.empty + ring.place * 8, ring.parity ^ 1);
       const bool scales = X8 && part == CHUNKS - 1;
       barrier_expect(full, words * X_WORD + (scales ? X_SCALES : 0));
-      if (scales) copy_bytes(ring.scales(0), x_scales(p.spmm, tile, n), X_SCALES, full);
+      if (scales) copy_bytes(ring.scales(), x_scales(p.spmm, tile, n), X_SCALES, full);
       for (int i = 0; i < words; ++i)
         copy_box(ring.piece() + i * X_WORD, &p.x, first + i * WORD_COLUMNS, n * (1 + X8), full);
       ring.advance();
@@ -231,10 +239,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
     const int first = unit, last = min(end, (job + 1) * p.tiles);
     if (idle(p, job, warp)) {  // only says that it is done with each piece
       for (int piece = 0; piece < (last - first) * CHUNKS; ++piece) {
-        const int c = ahead(piece % CHUNKS);
+        const int c = piece % CHUNKS;
         ring.wait(c);
         if (lane == 0 && (piece > 0 || first > begin)) ring.release_before(c, products_done);
-        if (ADVANCED == 1 || c == CHUNKS - 1) ring.advance(ADVANCED);
+        ring.go_on(c);
       }
       return;
     }
@@ -244,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
       uint32_t column = base;
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) {
-        ring.wait(ahead(c));
+        ring.wait(c);
         if (ahead(c) == 0) multiplier.begin_pieces(ring);
 #pragma unroll
         for (int i = 0; i < CHUNK_WORDS; ++i) {
@@ -259,13 +267,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + FETCH_THREADS, RESIDENT) 
             }
             // Only now are all products of the piece before this one done.
             if (i == 0 && lane == 0 && (c > 0 || unit > begin))
-              ring.release_before(ahead(c), X8 ? __float_as_uint(sum[N_BLOCKS - 1][3]) & never : products_done);
+              ring.release_before(c, X8 ? __float_as_uint(sum[N_BLOCKS - 1][3]) & never : products_done);
             weights.load_ahead(p, w, lane);
           }
         }
         if (c == CHUNKS - 1) multiplier.finish_tile(ring);
         products_done = __float_as_uint(sum[N_BLOCKS - 1][0]) & never;
-        if (ADVANCED == 1 || c == CHUNKS - 1) ring.advance(ADVANCED);
+        ring.go_on(c);
       }
     }
     multiplier.finish_job(sum);
