@@ -168,7 +168,7 @@ def _draw_rates(panel: Any, results: list[Row]) -> None:
     for name, rows in curves.items():
         rows = sorted(rows, key=lambda row: row["batch"])
         panel.plot([r["batch"] for r in rows], [r["tokens_per_gpu_second"] for r in rows], marker="o", label=name)
-    ticks = sorted({row["batch"] for row in results})
+    ticks = _apart(sorted({row["batch"] for row in results}))
     panel.set_xscale("log", base=2)
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
     panel.minorticks_off()
@@ -177,6 +177,15 @@ def _draw_rates(panel: Any, results: list[Row]) -> None:
     panel.set_ylabel("tokens per GPU-second")
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
+
+
+def _apart(batches: list[int]) -> list[int]:
+    """Those of ascending batches whose numbers don't run into each other on a logarithmic axis."""
+    kept = batches[:1]
+    for batch in batches:
+        if batch >= 1.09 * kept[-1]:
+            kept.append(batch)
+    return kept
 
 
 def _draw_breakdown(panel: Any, results: list[Row]) -> None:
