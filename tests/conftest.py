@@ -13,11 +13,20 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("early") is not None)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """``early(begin=...)``: the test comes last, and what it waits for begins before the first test."""
+    for item in session.items:
+        marker = item.get_closest_marker("early")
+        if marker and not session.config.option.collectonly:
+            session.config.add_cleanup(marker.kwargs["begin"](**item.callspec.params))  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")
