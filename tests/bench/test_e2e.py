@@ -46,6 +46,7 @@ def row(weights: str, batch: int, **changes: Any) -> dict[str, Any]:
         ({"input_lens": [64, 0]}, "input length 0"),
         ({"memory_share": 1.0}, "memory share 1.0"),
         ({"time_limit": 0}, "time limit 0"),
+        ({"engine": {"dtype": "float32"}}, "'dtype' is what the benchmark sets itself"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], words: str) -> None:
@@ -69,6 +70,16 @@ def test_the_engine_is_the_same_for_all_weights_but_for_the_weights() -> None:
     assert fp8 == dense | {"quantization": "fp8"}
     assert (dense["max_model_len"], dense["max_num_seqs"], dense["load_format"]) == (592, 256, "dummy")
     assert engine_options(settings(batches=["8", "16"]), "dense", "/folder")["max_num_seqs"] == 16
+    more = settings(engine={"kv_cache_dtype": "fp8"})
+    assert engine_options(more, "dense", "/folder") == dense | {"kv_cache_dtype": "fp8"}
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "are no JSON"), ("[1]", "it takes a JSON object")])
+def test_engine_options_that_are_no_json_object(text: str, words: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "e2e", "--model", "opt-30b", "--engine", text])
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_figures_of_a_row() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -177,6 +178,9 @@ def e2e(
         bool, typer.Option("--breakdown", help="Also measure what kinds of kernels a decode step's time goes into.")
     ] = False,
     eager: Annotated[bool, typer.Option("--eager", help="No compilation, no CUDA graphs: for a quick look.")] = False,
+    engine: Annotated[
+        str, typer.Option(help="Further options of vllm.LLM, the same for all kinds of weights, as a JSON object.")
+    ] = "{}",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for e2e.json, e2e.csv, e2e.png and vLLM's logs.")
     ] = None,
@@ -193,6 +197,7 @@ def e2e(
       flash-llm bench e2e --model opt-30b --weights fp8,int4,0.5+fp8,0.6+fp8 --out results
       flash-llm bench e2e --model opt-66b --gpus 2 --weights dense,0.8 --batch 8,16,max --breakdown
       flash-llm bench e2e --model MODEL --weights MODEL,SMALL --batch 1 --input-len 1024 --output-len 64
+      flash-llm bench e2e --model opt-30b --weights dense,0.8 --batch max --engine '{"kv_cache_dtype": "fp8"}'
     """
     from flash_llm.bench import e2e_report as reports
     from flash_llm.bench.e2e import Settings, measure
@@ -210,6 +215,7 @@ def e2e(
         max_batch=max_batch,
         breakdown=breakdown,
         eager=eager,
+        engine=_json_object(engine),
         time_limit=time_limit,
     )
     if out is not None:
@@ -233,6 +239,16 @@ def e2e(
             _say(f"wrote {path}")
     if not measured["results"]:
         raise typer.Exit(1)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"engine options {text!r} are no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f'engine options {text!r}: it takes a JSON object, such as {{"kv_cache_dtype": "fp8"}}')
+    return found
 
 
 def report(

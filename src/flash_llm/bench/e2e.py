@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ class Settings:
         max_batch: requests at a time that vLLM is started for.
         breakdown: also measure what kinds of kernels a decode step's time goes into.
         eager: no compilation and no CUDA graphs.
+        engine: further options of ``vllm.LLM``, the same for all kinds.
         time_limit: seconds for everything.
 
     Raises:
@@ -108,6 +109,7 @@ class Settings:
     max_batch: int = 256
     breakdown: bool = False
     eager: bool = False
+    engine: dict[str, Any] = field(default_factory=dict)
     time_limit: float = math.inf
 
     def __post_init__(self) -> None:
@@ -128,6 +130,9 @@ class Settings:
                 raise ValueError(f"{name} {value}: it takes at least {least}")
         if not 0 < self.memory_share < 1:
             raise ValueError(f"memory share {self.memory_share}: it takes a number between 0 and 1")
+        taken = self.engine.keys() & {*_own_options(self, ""), "load_format", "quantization"}
+        if taken:
+            raise ValueError(f"engine option {min(taken)!r} is what the benchmark sets itself: see its other options")
         if not self.time_limit > 0:
             raise ValueError(f"time limit {self.time_limit}: it takes seconds, more than 0")
 
@@ -170,7 +175,16 @@ def model_config(settings: Settings, kind: str) -> dict[str, Any]:
 
 def engine_options(settings: Settings, kind: str, folder: str) -> dict[str, Any]:
     """What ``vllm.LLM`` is made with."""
-    options: dict[str, Any] = {
+    options = settings.engine | _own_options(settings, folder)
+    if folder != kind:
+        options["load_format"] = "dummy"
+    if kind == "fp8":
+        options["quantization"] = "fp8"
+    return options
+
+
+def _own_options(settings: Settings, folder: str) -> dict[str, Any]:
+    return {
         "model": folder,
         "skip_tokenizer_init": True,
         "dtype": settings.dtype,
@@ -182,11 +196,6 @@ def engine_options(settings: Settings, kind: str, folder: str) -> dict[str, Any]
         "enforce_eager": settings.eager,
         "disable_log_stats": True,
     }
-    if folder != kind:
-        options["load_format"] = "dummy"
-    if kind == "fp8":
-        options["quantization"] = "fp8"
-    return options
 
 
 def _most_requests(settings: Settings) -> int:
