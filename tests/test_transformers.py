@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from flash_llm import CheckpointError, FormatError, SlowPathWarning
+from flash_llm import CheckpointError, FormatError, SlowPathWarning, compress
 from flash_llm.checkpoint import accept_config, compress_folder, read_folder, verify_folder
 from flash_llm.folder import ModelFolder
 from flash_llm.integrations.transformers import FlashLLMConfig
@@ -181,6 +181,20 @@ def test_parts_of_a_model(llama: tuple[Path, Path]) -> None:
     assert torch.equal(packed(ids).last_hidden_state, dense(ids).last_hidden_state)
     classifier = AutoModelForSequenceClassification.from_pretrained(llama[1], num_labels=3)
     assert classifier(ids).logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize("part", ["model", "model.layers", "model.layers.1.mlp"])
+def test_a_model_of_which_a_part_was_compressed_is_saved_whole(
+    llama: tuple[Path, Path], tmp_path: Path, part: str
+) -> None:
+    model = load(llama[0])
+    assert getattr(model, "hf_quantizer", None) is None
+    compress(model.get_submodule(part))
+    model.save_pretrained(tmp_path / "saved")
+    verify_folder(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert sparse_layers(again).keys() == sparse_layers(model).keys()
+    assert torch.equal(logits(again), logits(load(llama[0])))
 
 
 def test_a_dense_model_is_packed_at_load(llama: tuple[Path, Path], tmp_path: Path) -> None:

@@ -208,7 +208,8 @@ class FlashLLMQuantizer(HfQuantizer):
                 "a dense model can be packed at load on one device only, not over a device_map of several; compress "
                 "its folder first with flash_llm.checkpoint.compress_folder, and load that"
             )
-        self.config.record = unsaved_record(pack_linears(model, self.config.skip, self.config.values))
+        skipped = pack_linears(model, self.config.skip, self.config.values).skipped
+        self.config.record = make_record({}, skipped, {}, None)  # saving it makes the rest
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What ``save_pretrained`` is to write. Updates the record, which it writes next, to match."""
@@ -264,11 +265,6 @@ def _dense_layer(layer: SparseLinear, dtype: torch.dtype) -> nn.Module:
     return dense
 
 
-def unsaved_record(report: CompressReport) -> dict[str, Any]:
-    """Of a model that was packed in memory: saving it makes the rest."""
-    return make_record({}, report.skipped, {}, None)
-
-
 def make_savable(model: Any, report: CompressReport) -> None:
     """Has ``save_pretrained`` write a model of transformers, whose layers were packed, as a compressed folder.
 
@@ -276,13 +272,39 @@ def make_savable(model: Any, report: CompressReport) -> None:
     """
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel) or not report.packed:
+    if not report.packed:
         return
+    if isinstance(model, PreTrainedModel):
+        _give_quantizer(model, report.skipped)
+    if "hf_quantizer" not in vars(PreTrainedModel):
+        PreTrainedModel.hf_quantizer = _QuantizerOfParts()  # type: ignore[attr-defined]
+
+
+def _give_quantizer(model: PreTrainedModel, dense: Mapping[str, str]) -> FlashLLMQuantizer:
     quantizer = FlashLLMQuantizer(FlashLLMConfig())
-    quantizer.config.record = unsaved_record(report)
+    quantizer.config.record = make_record({}, dense, {}, None)  # saving it makes the rest
     quantizer.dtype = model.dtype
     vars(model)["hf_quantizer"] = quantizer
     model.config.quantization_config = quantizer.config
+    return quantizer
+
+
+class _QuantizerOfParts:
+    """The ``hf_quantizer`` of a model that has none, though a part of it was compressed, ``model.model`` say: so
+    ``save_pretrained`` writes the whole as a compressed folder, too."""
+
+    def __get__(self, model: PreTrainedModel | None, owner: type) -> FlashLLMQuantizer:
+        if model is None or not sparse_layers(model):
+            raise AttributeError(f"{owner.__name__} has no attribute 'hf_quantizer'")
+        dense: dict[str, str] = {}
+        for name, part in model.named_modules():
+            own = vars(part).get("hf_quantizer")
+            if not isinstance(own, FlashLLMQuantizer):
+                continue
+            dense |= {f"{name}.{layer}": reason for layer, reason in own.config.record.get("dense", {}).items()}
+            if part.config is not model.config:
+                del part.config.quantization_config
+        return _give_quantizer(model, dense)
 
 
 def _tensors(layer: SparseLinear) -> dict[str, Tensor]:
