@@ -197,6 +197,17 @@ def test_a_model_of_which_a_part_was_compressed_is_saved_whole(
     assert torch.equal(logits(again), logits(load(llama[0])))
 
 
+def test_a_part_of_a_compressed_model_is_saved(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    ids = torch.arange(3, 12)[None]
+    model = load(llama[1])
+    model.model.save_pretrained(tmp_path / "part")
+    verify_folder(tmp_path / "part")
+    part = AutoModel.from_pretrained(tmp_path / "part")
+    assert torch.equal(part(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(logits(load(tmp_path / "whole")), logits(model))
+
+
 def test_a_dense_model_is_packed_at_load(llama: tuple[Path, Path], tmp_path: Path) -> None:
     model = load(llama[0], quantization_config=FlashLLMConfig())
     assert isinstance(model.model.layers[0].mlp.up_proj, SparseLinear)

@@ -167,6 +167,7 @@ class FlashLLMQuantizer(HfQuantizer):
         else:
             self._pack(model)
         expand_on_cpu(model)
+        _let_quantizers_be_found()
         return model
 
     def _check_loaded(self, model: PreTrainedModel) -> None:
@@ -276,6 +277,12 @@ def make_savable(model: Any, report: CompressReport) -> None:
         return
     if isinstance(model, PreTrainedModel):
         _give_quantizer(model, report.skipped)
+    _let_quantizers_be_found()
+
+
+def _let_quantizers_be_found() -> None:
+    from transformers import PreTrainedModel
+
     if "hf_quantizer" not in vars(PreTrainedModel):
         PreTrainedModel.hf_quantizer = _QuantizerOfParts()  # type: ignore[attr-defined]
 
@@ -290,8 +297,8 @@ def _give_quantizer(model: PreTrainedModel, dense: Mapping[str, str]) -> FlashLL
 
 
 class _QuantizerOfParts:
-    """The ``hf_quantizer`` of a model that has none, though a part of it was compressed, ``model.model`` say: so
-    ``save_pretrained`` writes the whole as a compressed folder, too."""
+    """The ``hf_quantizer`` of a model that has packed layers and none of its own, so that ``save_pretrained`` writes it as
+    a compressed folder, too: a part of it was compressed, ``model.model`` say, or it is a part of one that was."""
 
     def __get__(self, model: PreTrainedModel | None, owner: type) -> FlashLLMQuantizer:
         if model is None or not sparse_layers(model):
@@ -303,7 +310,7 @@ class _QuantizerOfParts:
                 continue
             dense |= {f"{name}.{layer}": reason for layer, reason in own.config.record.get("dense", {}).items()}
             if part.config is not model.config:
-                del part.config.quantization_config
+                vars(part.config).pop("quantization_config", None)  # else it would be saved within the whole one
         return _give_quantizer(model, dense)
 
 
