@@ -297,8 +297,8 @@ def _give_quantizer(model: PreTrainedModel, dense: Mapping[str, str]) -> FlashLL
 
 
 class _QuantizerOfParts:
-    """The ``hf_quantizer`` of a model that has packed layers and none of its own, so that ``save_pretrained`` writes it as
-    a compressed folder, too: a part of it was compressed, ``model.model`` say, or it is a part of one that was."""
+    """The ``hf_quantizer`` of a model that has packed layers and none of its own: so ``save_pretrained`` writes it as a
+    compressed folder, too. A part of it was compressed, ``model.model`` say, or it is a part of one that was."""
 
     def __get__(self, model: PreTrainedModel | None, owner: type) -> FlashLLMQuantizer:
         if model is None or not sparse_layers(model):
