@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from flash_llm.capacity.models import BUILT_IN
 from flash_llm.folder import ShardWriter, new_folder
+from flash_llm.layers import is_linear
+from flash_llm.staying_dense import output_layer
 
 SHARD_BYTES = 4 << 30
 SCALE = 0.02  # of the weights, as models are initialised
@@ -66,12 +68,8 @@ def random_tensors(model: nn.Module, sparsity: float) -> Iterator[tuple[str, Ten
     """Every parameter's name and values, of tied ones the first. Made on a GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    linears = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
+    head = output_layer(model)
+    linears = {f"{name}.weight" for name, module in model.named_modules() if is_linear(module) and name != head}
     for name, parameter in model.named_parameters():
         tensor = torch.randn(parameter.shape, generator=generator, device=device, dtype=torch.float16) * SCALE
         if name in linears:

@@ -130,6 +130,12 @@ def name(configuration: Configuration) -> str:
     return "-".join([source.removesuffix(".cu"), arch, *(f"{shown[k]}{v}" for k, v in defines if k in shown)])
 
 
+def compilers(nice: int = 0) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        os.cpu_count() or 2, mp_context=get_context("spawn"), initializer=os.nice, initargs=(nice,)
+    )
+
+
 def compile_log(configuration: Configuration) -> str:
     binary, log = build.compile_cubin(*configuration)
     assert binary[:4] == b"\x7fELF"
@@ -142,7 +148,7 @@ def log_of(request: pytest.FixtureRequest) -> Iterator[Callable[[Configuration],
     items = [item for item in request.session.items if item.module is request.module]  # type: ignore[attr-defined]
     calls = [item.callspec.params for item in items if hasattr(item, "callspec")]
     wanted = {call["configuration"] for call in calls if "configuration" in call}
-    with ProcessPoolExecutor(os.cpu_count() or 2, mp_context=get_context("spawn")) as processes:
+    with compilers() as processes:
         logs: dict[Configuration, Future[str]] = {c: processes.submit(compile_log, c) for c in wanted}
         yield lambda configuration: logs[configuration].result()
         processes.shutdown(cancel_futures=True)
@@ -179,8 +185,7 @@ def begin_every_kernel(arch: str) -> Callable[[], None]:
     """Compiles in the background, for what the other tests leave of the CPU. Returns how to end it."""
     if arch not in os.environ.get("FLASH_LLM_ALL_KERNELS", "").split(","):
         return lambda: None
-    spawn = get_context("spawn")
-    processes = ProcessPoolExecutor(os.cpu_count() or 2, mp_context=spawn, initializer=os.nice, initargs=(19,))
+    processes = compilers(nice=19)
     _logs[arch] = processes.map(compile_log, every_kernel(arch))
     return functools.partial(processes.shutdown, cancel_futures=True)
 

@@ -215,7 +215,7 @@ def e2e(
         max_batch=max_batch,
         breakdown=breakdown,
         eager=eager,
-        engine=_json_object(engine),
+        engine=_parse_engine(engine),
         time_limit=time_limit,
     )
     if out is not None:
@@ -241,7 +241,7 @@ def e2e(
         raise typer.Exit(1)
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _parse_engine(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:

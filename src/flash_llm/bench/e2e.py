@@ -130,7 +130,7 @@ class Settings:
                 raise ValueError(f"{name} {value}: it takes at least {least}")
         if not 0 < self.memory_share < 1:
             raise ValueError(f"memory share {self.memory_share}: it takes a number between 0 and 1")
-        taken = self.engine.keys() & {*_own_options(self, ""), "load_format", "quantization"}
+        taken = self.engine.keys() & _own_options(self, "fp8", "").keys()
         if taken:
             raise ValueError(f"engine option {min(taken)!r} is what the benchmark sets itself: see its other options")
         if not self.time_limit > 0:
@@ -175,16 +175,11 @@ def model_config(settings: Settings, kind: str) -> dict[str, Any]:
 
 def engine_options(settings: Settings, kind: str, folder: str) -> dict[str, Any]:
     """What ``vllm.LLM`` is made with."""
-    options = settings.engine | _own_options(settings, folder)
-    if folder != kind:
-        options["load_format"] = "dummy"
-    if kind == "fp8":
-        options["quantization"] = "fp8"
-    return options
+    return settings.engine | _own_options(settings, kind, folder)
 
 
-def _own_options(settings: Settings, folder: str) -> dict[str, Any]:
-    return {
+def _own_options(settings: Settings, kind: str, folder: str) -> dict[str, Any]:
+    options: dict[str, Any] = {
         "model": folder,
         "skip_tokenizer_init": True,
         "dtype": settings.dtype,
@@ -196,6 +191,11 @@ def _own_options(settings: Settings, folder: str) -> dict[str, Any]:
         "enforce_eager": settings.eager,
         "disable_log_stats": True,
     }
+    if folder != kind:
+        options["load_format"] = "dummy"
+    if kind == "fp8":
+        options["quantization"] = "fp8"
+    return options
 
 
 def _most_requests(settings: Settings) -> int:

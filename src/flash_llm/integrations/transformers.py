@@ -209,8 +209,7 @@ class FlashLLMQuantizer(HfQuantizer):
                 "a dense model can be packed at load on one device only, not over a device_map of several; compress "
                 "its folder first with flash_llm.checkpoint.compress_folder, and load that"
             )
-        skipped = pack_linears(model, self.config.skip, self.config.values).skipped
-        self.config.record = make_record({}, skipped, {}, None)  # saving it makes the rest
+        self.config.record = unsaved_record(pack_linears(model, self.config.skip, self.config.values).skipped)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What ``save_pretrained`` is to write. Updates the record, which it writes next, to match."""
@@ -239,7 +238,12 @@ class FlashLLMQuantizer(HfQuantizer):
 
     def _sign(self, model: PreTrainedModel) -> None:
         """Records the digest of the config.json that save_pretrained is about to write."""
+        from transformers import PreTrainedModel
+
         config = model.config
+        for part in model.modules():  # of one that was compressed by itself, the config is within this one
+            if isinstance(part, PreTrainedModel) and part.config is not config:
+                vars(part.config).pop("quantization_config", None)
         config.dtype = str(model.dtype).removeprefix("torch.")
         config.architectures = [type(model).__name__]
         config.quantization_config = self.config
@@ -266,6 +270,11 @@ def _dense_layer(layer: SparseLinear, dtype: torch.dtype) -> nn.Module:
     return dense
 
 
+def unsaved_record(dense: Mapping[str, str]) -> dict[str, Any]:
+    """Of a model that was packed in memory, but for the layers in ``dense``: saving it makes the rest."""
+    return make_record({}, dense, {}, None)
+
+
 def make_savable(model: Any, report: CompressReport) -> None:
     """Has ``save_pretrained`` write a model of transformers, whose layers were packed, as a compressed folder.
 
@@ -276,7 +285,9 @@ def make_savable(model: Any, report: CompressReport) -> None:
     if not report.packed:
         return
     if isinstance(model, PreTrainedModel):
-        _give_quantizer(model, report.skipped)
+        quantizer = _quantizer_of(model, report.skipped)
+        vars(model)["hf_quantizer"] = quantizer
+        model.config.quantization_config = quantizer.config
     _let_quantizers_be_found()
 
 
@@ -287,12 +298,10 @@ def _let_quantizers_be_found() -> None:
         PreTrainedModel.hf_quantizer = _QuantizerOfParts()  # type: ignore[attr-defined]
 
 
-def _give_quantizer(model: PreTrainedModel, dense: Mapping[str, str]) -> FlashLLMQuantizer:
+def _quantizer_of(model: PreTrainedModel, dense: Mapping[str, str]) -> FlashLLMQuantizer:
     quantizer = FlashLLMQuantizer(FlashLLMConfig())
-    quantizer.config.record = make_record({}, dense, {}, None)  # saving it makes the rest
+    quantizer.config.record = unsaved_record(dense)
     quantizer.dtype = model.dtype
-    vars(model)["hf_quantizer"] = quantizer
-    model.config.quantization_config = quantizer.config
     return quantizer
 
 
@@ -306,12 +315,9 @@ class _QuantizerOfParts:
         dense: dict[str, str] = {}
         for name, part in model.named_modules():
             own = vars(part).get("hf_quantizer")
-            if not isinstance(own, FlashLLMQuantizer):
-                continue
-            dense |= {f"{name}.{layer}": reason for layer, reason in own.config.record.get("dense", {}).items()}
-            if part.config is not model.config:
-                vars(part.config).pop("quantization_config", None)  # else it would be saved within the whole one
-        return _give_quantizer(model, dense)
+            if isinstance(own, FlashLLMQuantizer):
+                dense |= {f"{name}.{layer}": reason for layer, reason in own.config.record.get("dense", {}).items()}
+        return _quantizer_of(model, dense)
 
 
 def _tensors(layer: SparseLinear) -> dict[str, Tensor]:
