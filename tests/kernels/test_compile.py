@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
@@ -9,12 +10,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import waits
 
 import devices
-from flash_llm.kernels import build, plan
+from flash_llm.kernels import build, cuda, plan
 from flash_llm.tensor.layout import LANE_CAPACITY, LANES, TILE_WORDS, WORD_BITS, ValueKind
 
 pytest.importorskip("cuda.core", reason="cuda-core isn't installed: pip install 'flash-llm[cuda]'")
@@ -165,6 +167,29 @@ def check(log: str) -> None:
 @pytest.mark.parametrize("configuration", QUICK, ids=name)
 def test_it_compiles_and_nothing_spills(configuration: Configuration, log_of: Callable[[Configuration], str]) -> None:
     check(log_of(configuration))
+
+
+ARGUMENTS = {
+    "UnpackParams": (unpack("sm_90a", 8), cuda._UnpackParams),
+    "SplitParams": (split_x(8, False, ValueKind.E4M3), cuda._SplitParams),
+    "SpmmParams": (spmm("sm_80", 8, 16), cuda._PlainArgument),
+    "Params": (spmm("sm_90a", 8, 16), cuda._HopperArgument),
+}
+
+
+@pytest.mark.parametrize("struct", ARGUMENTS)
+def test_an_argument_has_all_the_bytes_that_its_kernel_has(
+    struct: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The driver copies so many. From a shorter one it copies what lies behind it, too, which now and then is no memory
+    of the process: a crash."""
+    (source, defines, arch), argument = ARGUMENTS[struct]
+    for path in build.source_dir().glob("*.cu*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with (tmp_path / source).open("a") as file:
+        file.write(f"static_assert(sizeof({struct}) == {ctypes.sizeof(argument)});")
+    monkeypatch.setattr(build, "source_dir", lambda: tmp_path)
+    build.compile_cubin(source, defines, arch)
 
 
 def every_kernel(arch: str) -> list[Configuration]:

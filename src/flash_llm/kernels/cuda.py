@@ -39,8 +39,17 @@ class _PlainArgument(ctypes.Structure):
     _fields_ = (("spmm", _SpmmParams),)
 
 
+_MAP_ALIGN = 64  # of what has a copy engine's description in it: its size is a multiple, too
+
+
 class _HopperArgument(ctypes.Structure):
-    _fields_ = (("x", ctypes.c_uint64 * 16), ("spmm", _SpmmParams))
+    """All of the argument, its end included: the driver copies as many bytes as the kernel's own argument has."""
+
+    _fields_ = (
+        ("x", ctypes.c_uint64 * 16),
+        ("spmm", _SpmmParams),
+        ("end", ctypes.c_char * (-ctypes.sizeof(_SpmmParams) % _MAP_ALIGN)),
+    )
 
 
 class _SplitParams(ctypes.Structure):
