@@ -32,6 +32,8 @@ from flash_llm.tensor import ValueKind
 
 SPARSE_MODELS = (
     "opt-30b-80-h100",
+    "opt-30b-best-h100",
+    "opt-30b-8-bit-h100",
     "opt-30b-h100",
     "opt-30b-second-h100",
     "opt-30b-50-h100",
@@ -45,6 +47,7 @@ SPARSE_MODELS = (
 )
 SETTLED_MODELS = (  # whose packed weights lie in memory of their own size
     "opt-30b-80-h100",
+    "opt-30b-8-bit-h100",
     "opt-30b-h100",
     "opt-66b-one-h100",
     "llama-3-8b-1024-h100",

@@ -242,6 +242,27 @@ def test_reports_of_one_model_are_shown_together(files: tuple[Path, Path], tmp_p
 
 
 @pytest.mark.parametrize(
+    ("noted", "asked", "rows", "left"),
+    [
+        ({"batch": 16, "input_len": 64}, ["8", "16"], [row("int4", 16)], 0),
+        ({"batch": 16, "input_len": 64}, ["8", "16"], [row("int4", 8), row("dense", 16), row("int4", 16, gpus=2)], 1),
+        ({}, ["8", "max"], [row("int4", 8), row("int4", 20)], 0),
+        ({}, ["8", "max"], [row("int4", 8), row("int4", 16)], 1),
+    ],
+)
+def test_what_another_report_measured_is_not_said_to_be_missing(
+    noted: dict[str, Any], asked: list[str], rows: list[dict[str, Any]], left: int, files: tuple[Path, Path]
+) -> None:
+    one, two = (json.loads(file.read_text()) for file in files)
+    one["not_measured"] = [{"weights": "int4", "why": "time ran out"} | noted]
+    one["settings"]["batches"] = asked
+    two |= {"not_measured": [], "results": rows}
+    for file, report in zip(files, (one, two), strict=True):
+        file.write_text(json.dumps(report))
+    assert bench_report(*files, "--markdown").stdout.count("Not measured: int4") == left
+
+
+@pytest.mark.parametrize(
     ("part", "change", "words"),
     [
         ("environment", {"gpu": "H200"}, "has gpu 'H200', and .*'H100': show them one by one"),

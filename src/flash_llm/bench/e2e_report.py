@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from flash_llm.bench.e2e import LARGEST
 from flash_llm.files import write_whole
 from flash_llm.plotting import png, require_plot
 
@@ -58,12 +60,13 @@ def read(path: Path) -> Report | None:
 
 
 def join(first: Report, paths: list[Path]) -> Report:
-    """The first file's report with the results of all the others.
+    """The first file's report with the results of all the others, and what none of them measured.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: one is no such report, or of another model or GPU than the first.
     """
+    notes = [(note, first["settings"]) for note in first["not_measured"]]
     for path in paths[1:]:
         other = read(path)
         if other is None:
@@ -74,9 +77,23 @@ def join(first: Report, paths: list[Path]) -> Report:
                     f"{path} has {key} {other[part].get(key)!r}, and {paths[0]} {first[part].get(key)!r}: "
                     f"show them one by one"
                 )
-        for name in ("results", "not_measured"):
-            first[name] += other[name]
+        first["results"] += other["results"]
+        notes += [(note, other["settings"]) for note in other["not_measured"]]
+    first["not_measured"] = [note for note, settings in notes if not _measured(note, settings, first["results"])]
     return first
+
+
+def _measured(note: Row, settings: Row, results: list[Row]) -> bool:
+    """Whether there are results of what a note says was not measured: a batch, or else all that its run was to."""
+    sizes = set()
+    for row in results:
+        if (row["weights"], row["gpus"]) == (note["weights"], settings["gpus"]):
+            sizes.add((str(row["batch"]), row["input_len"]))
+            if row["batch"] == row["largest_batch"]:
+                sizes.add((LARGEST, row["input_len"]))
+    if "batch" in note:
+        return (str(note["batch"]), note["input_len"]) in sizes
+    return sizes.issuperset(product(settings["batches"], settings["input_lens"]))
 
 
 def lines(report: Report) -> list[list[str]]:
