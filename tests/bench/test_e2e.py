@@ -202,7 +202,8 @@ raise RuntimeError('Engine core initialization failed. See root cause above.')""
             "Fatal Python error: Segmentation fault",
             """print('loading')
 print('(EngineCore pid=7) WARNING 11-26 22:50:29 [import_utils.py:408] ImportError: cannot import name _C')
-print('(EngineCore pid=7) Fatal Python error: Segmentation fault')
+print('(EngineCore pid=7) Capturing: 2%| | 1/51 [00:00<00:06, 8.13it/s]', end=chr(13))
+print('Capturing: 69%|###### | 35/51 [00:03<00:01, 11.24it/s]Fatal Python error: Segmentation fault')
 print('    raise RuntimeError(')
 print('RuntimeError: Engine core initialization failed. See root cause above.')
 raise SystemExit(1)""",
