@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -63,10 +64,9 @@ def test_a_binary_is_of_one_source_one_configuration_one_architecture_and_one_co
     names.add(build._digest.__wrapped__("spmm_sm80.cu", *UNPACK[1:]))
     names.add(build._digest.__wrapped__(UNPACK[0], (("BF16", 1), ("TILE_WORDS", 1)), "sm_80"))
     names.add(build._digest.__wrapped__(*UNPACK[:2], "sm_86"))
-    sources = tmp_path / "csrc"
-    sources.mkdir()
-    for path in build.source_dir().glob("*.cu*"):  # a change of any file, since one includes another
-        (sources / path.name).write_bytes(path.read_bytes() + (b"\n" if path.name == "ptx.cuh" else b""))
+    sources = Path(shutil.copytree(build.source_dir(), tmp_path / "csrc"))
+    with (sources / "ptx.cuh").open("a") as file:  # a change of any file, since one includes another
+        file.write("\n")
     with monkeypatch.context() as patch:
         patch.setattr(build, "source_dir", lambda: sources)
         names.add(build._digest.__wrapped__(*UNPACK))

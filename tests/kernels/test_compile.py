@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import product
@@ -184,8 +185,7 @@ def test_an_argument_has_all_the_bytes_that_its_kernel_has(
     """The driver copies so many. From a shorter one it copies what lies behind it, too, which now and then is no memory
     of the process: a crash."""
     (source, defines, arch), argument = ARGUMENTS[struct]
-    for path in build.source_dir().glob("*.cu*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(build.source_dir(), tmp_path, dirs_exist_ok=True)
     with (tmp_path / source).open("a") as file:
         file.write(f"static_assert(sizeof({struct}) == {ctypes.sizeof(argument)});")
     monkeypatch.setattr(build, "source_dir", lambda: tmp_path)

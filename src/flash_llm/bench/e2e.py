@@ -64,8 +64,9 @@ _INT4 = {  # what vLLM runs with its Machete kernel on Hopper: groups of 128 wei
 }
 _POLL_S = 1.0
 _GRACE_S = 15.0
-_LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*(ERROR [\d-]+ [\d:]+ \[[^\]]*\])?")  # of a process of the engine
-_PROGRESS = re.compile(r"^.*(it/s|s/it)\]")  # a bar that an error's line goes on from
+_BEFORE_ERROR = re.compile(  # on an error's line: a progress bar, or the prefix of a process of the engine
+    r"^.*(it/s|s/it)\]|^\(\w+ pid=\d+\)\s*(ERROR [\d-]+ [\d:]+ \[[^\]]*\])?"
+)
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -353,5 +354,5 @@ def _last_error(log: Path) -> str:
     wrong = [line for line in lines if "Error" in line or "error:" in line.lower()]
     telling = [line for line in wrong if not (line.lstrip().startswith("raise ") or " WARNING " in line)]
     causes = [line for line in telling if "root cause above" not in line]
-    found = _PROGRESS.sub("", _LOG_PREFIX.sub("", (causes or telling or lines or ["it ended without a word"])[-1]))
+    found = _BEFORE_ERROR.sub("", (causes or telling or lines or ["it ended without a word"])[-1])
     return " ".join(found.split())[-400:]
